@@ -1,0 +1,151 @@
+"""What a person sees in a terminal: a bar for long work, lines otherwise, and the tables."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Json = dict[str, Any]
+
+# Without a terminal, one progress line in this many seconds.
+QUIET_SECONDS = 30.0
+
+
+class ConsoleReport:
+    """A bar with tokens/s, loss and time left on a terminal; a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.title = ""
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,}/{task.total:,} {task.fields[unit]}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.row: TaskID | None = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> ConsoleReport:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Stopping a bar that never started prints an empty line.
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def start(self, title: str) -> ConsoleReport:
+        """The next piece of work begins; returns this report."""
+        self.title = title
+        if self.row is not None:
+            self.bar.remove_task(self.row)
+            self.row = None
+        return self
+
+    def log(self, message: str) -> None:
+        """One line."""
+        line = f"{self.title}: {message}" if self.title else message
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """Move the bar, or print a line when the last one is long ago."""
+        text = figures_text(figures)
+        if self.console.is_terminal:
+            if self.row is None:
+                self.row = self.bar.add_task(self.title, total=total, unit=unit, figures=text)
+            self.bar.update(self.row, completed=done, total=total, unit=unit, figures=text)
+        elif time.monotonic() - self.last_line >= QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            self.log(f"{done:,}/{total:,} {unit} {text}".rstrip())
+
+
+def figures_text(figures: dict[str, float]) -> str:
+    """`loss 3.12, tokens_per_second 140`: three significant digits are enough to watch."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def family_table(index: Json) -> Table:
+    """Parent and children, one row each: what the README's quickstart table shows."""
+    table = Table(title=f"family {index['family']}", title_justify="left")
+    for column in FAMILY_COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in family_rows(index):
+        table.add_row(*row)
+    return table
+
+
+FAMILY_COLUMNS = (
+    "model",
+    "parameters",
+    "CE pruned",
+    "CE distilled",
+    "KL to parent",
+    "top-1",
+    "tokens/s",
+    "tokens trained",
+    "seconds",
+    "",
+)
+
+
+def family_rows(index: Json) -> list[list[str]]:
+    """The family as text cells; cross-entropy (CE) and KL are held-out, in nats a token."""
+    parent = index["parent"]
+    rows = [
+        [
+            "parent",
+            f"{parent['parameters']:,}",
+            "",
+            f"{parent['held_out_ce']:.3f}",
+            "",
+            "",
+            f"{parent['tokens_per_second']:,.0f}",
+            "",
+            "",
+            "",
+        ]
+    ]
+    for stage in index["stages"]:
+        rows.append(
+            [
+                stage["name"],
+                f"{stage['parameters']:,}",
+                f"{stage['pruned_held_out_ce']:.3f}",
+                f"{stage['held_out_ce']:.3f}",
+                f"{stage['kl_to_parent']:.3f}",
+                f"{100 * stage['top1_agreement']:.1f} %",
+                f"{stage['tokens_per_second']:,.0f}",
+                f"{stage['tokens_trained']:,}",
+                f"{stage['seconds']:,.0f}",
+                "reused" if stage["reused"] else "",
+            ]
+        )
+    return rows
+
+
+def record_table(title: str, record: Json) -> Table:
+    """Nested JSON as a two-column table with dotted names."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in flatten(record):
+        table.add_row(name, value)
+    return table
+
+
+def flatten(record: Json, prefix: str = "") -> list[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> `[("a.b", "1")]`; lists stay on one line."""
+    rows: list[tuple[str, str]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, str(value)))
+    return rows

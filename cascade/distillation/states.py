@@ -1,0 +1,52 @@
+"""Reading a causal language model as hidden states and a head, checked against its own logits.
+
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cascade.errors import InputError
+
+HEAD_TOLERANCE = 1e-2
+"""Largest accepted max|logits - states @ head^T| / max|logits|. Float32 lands near 1e-6 and
+bfloat16 near 4e-3 (one rounding of the logits), while a soft cap or a scale is off by far more."""
+
+
+def final_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """The last hidden states [B, T, D] after the final norm: what the LM head is applied to."""
+    return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+
+def head_of(model: PreTrainedModel) -> Tensor:
+    """The LM head's weight [V, D]; the embeddings' own tensor where the two are tied."""
+    return model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, ids_T: Tensor) -> None:
+    """Refuse a model whose logits are more than one matrix product of its final states.
+
+    ids_T: a few token ids. A soft cap (Gemma), a scale (Cohere, Granite) or a bias would silently
+    change the objective, so the numbers are compared instead of a list of model names.
+    Raises InputError.
+    """
+    ids_BT = ids_T[None].to(device_of(model))
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+    product_BTV = (final_states(model, ids_BT) @ head_of(model).T).float()
+    difference = (logits_BTV - product_BTV).abs().max() / logits_BTV.abs().max().clamp_min(1e-30)
+    if not difference.item() <= HEAD_TOLERANCE:
+        raise InputError(
+            "the model's logits are not its final hidden states times its LM head",
+            value=f"relative difference {difference.item():.3g}",
+            where=f"the LM head of {model.config.model_type}",
+            remedy="use a model whose LM head is one linear layer without bias, scale or soft cap",
+        )
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device

@@ -1,0 +1,87 @@
+"""Errors as part of the interface: what failed, on which value, where, and the way out."""
+
+from __future__ import annotations
+
+
+class CascadeError(Exception):
+    """The work failed. Subclasses decide the exit code and whether a retry can help.
+
+    what: one sentence. value: the offending value as the user wrote it. where: the file, field or
+    place it came from. remedy: what the user does next. None of the four may contain a credential.
+    """
+
+    exit_code = 1
+    retryable = False
+
+    def __init__(self, what: str, *, value: object = None, where: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.value = None if value is None else str(value)
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.value is not None:
+            lines.append(f"  value: {self.value}")
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.remedy:
+            lines.append(f"  way out: {self.remedy}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, object]:
+        """The error as plain JSON, so that it can cross a process boundary."""
+        return {
+            "type": type(self).__name__,
+            "what": self.what,
+            "value": self.value,
+            "where": self.where,
+            "remedy": self.remedy,
+        }
+
+
+class InputError(CascadeError):
+    """The input is wrong (exit code 2): running it again cannot help."""
+
+    exit_code = 2
+
+
+class IntegrityError(InputError):
+    """Stored bytes do not match their manifest; names the file and both hashes."""
+
+
+class StorageFault(CascadeError):
+    """The store failed while working, as networks do; a retry may help."""
+
+    retryable = True
+
+
+class MachineFault(CascadeError):
+    """The process was killed or ran out of memory; a retry may help."""
+
+    retryable = True
+
+
+class Interrupted(CascadeError):
+    """The work was asked to stop and kept what it had (exit code 75): run it again and it goes on."""
+
+    exit_code = 75
+    retryable = True
+
+
+ERROR_TYPES: dict[str, type[CascadeError]] = {
+    kind.__name__: kind
+    for kind in (CascadeError, InputError, IntegrityError, StorageFault, MachineFault, Interrupted)
+}
+
+
+def from_record(record: dict[str, object]) -> CascadeError:
+    """Rebuild an error that another process reported with `CascadeError.record`."""
+    kind = ERROR_TYPES.get(str(record.get("type")), CascadeError)
+    return kind(
+        str(record.get("what")),
+        value=record.get("value"),
+        where=str(record.get("where") or ""),
+        remedy=str(record.get("remedy") or ""),
+    )

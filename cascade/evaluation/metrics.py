@@ -1,0 +1,100 @@
+"""Held-out figures of a model and its distance to the parent, without [B, T, V] in memory.
+
+N tokens, D student hidden size, E teacher hidden size, V vocabulary, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cascade.data.corpus import Corpus
+from cascade.distillation.fused import chunk_tokens
+from cascade.distillation.signals import Part, Teacher, batch_ids
+from cascade.distillation.states import check_head, device_of, final_states, head_of
+from cascade.errors import InputError
+from cascade.report import SILENT, Report
+
+BATCH_TOKENS = 1024
+"""Tokens of one forward pass."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """held_out_ce, kl_to_parent = KL(parent || model): nats per target; top1_agreement: share of targets
+    on which both rank the same token first; tokens_per_second: the model's forward pass and logits
+    alone, on `BATCH_TOKENS` tokens at a time; tokens: targets measured."""
+
+    held_out_ce: float
+    kl_to_parent: float
+    top1_agreement: float
+    tokens_per_second: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, teacher: Teacher, corpus: Corpus, rows: int, *, report: Report = SILENT
+) -> Metrics:
+    """Measure `model` on the first `rows` held-out rows. Sums are float64.
+
+    Raises InputError for a model whose vocabulary or head does not fit, or when `rows` is below one.
+    """
+    if rows < 1:
+        raise InputError(
+            "an evaluation needs at least one held-out row",
+            value=rows,
+            where="corpus.held_out_tokens",
+            remedy="raise it, or hold out a larger share of the corpus",
+        )
+    if head_of(model).shape[0] != teacher.head.shape[0]:
+        raise InputError(
+            "model and parent have different vocabularies",
+            value=f"{head_of(model).shape[0]} and {teacher.head.shape[0]} entries",
+            where="the LM heads",
+            remedy="compare with the parent that the model was made from",
+        )
+    model.eval()
+    device = device_of(model)
+    check_head(model, batch_ids(corpus, Part.HELD_OUT, [0], device)[0])
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    parent_head = teacher.head.to(device, torch.float32)
+    chunk, seconds = chunk_tokens(len(parent_head)), 0.0
+    size = max(1, BATCH_TOKENS // corpus.sequence_length)
+    for start in range(0, rows, size):
+        part = range(start, min(start + size, rows))
+        ids_BT = batch_ids(corpus, Part.HELD_OUT, part, device)
+        teacher_NE = teacher.hidden(Part.HELD_OUT, part)[:, :-1].flatten(0, 1).to(device)
+        began = _now(device)
+        model_ND = final_states(model, ids_BT)[:, :-1].flatten(0, 1)
+        seconds += _now(device) - began
+        for cut in (slice(at, at + chunk) for at in range(0, len(model_ND), chunk)):
+            began = _now(device)
+            logits_CV = model_ND[cut] @ head_of(model).T
+            seconds += _now(device) - began
+            parent_CV = teacher_NE[cut] @ parent_head.T
+            sums += _compare(logits_CV.float(), parent_CV, ids_BT[:, 1:].flatten()[cut])
+        report.progress(part.stop * corpus.sequence_length, rows * corpus.sequence_length, "tokens")
+    targets = rows * (corpus.sequence_length - 1)
+    ce, kl, agreed = (sums / targets).tolist()
+    return Metrics(ce, kl, agreed, targets / seconds, targets)
+
+
+def _compare(logits_CV: Tensor, parent_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Sums [3] over the chunk: cross-entropy, KL(parent || model), tokens with the same first choice."""
+    agreed = (logits_CV.argmax(-1) == parent_CV.argmax(-1)).sum(dtype=torch.float64)
+    log_CV, log_parent_CV = logits_CV.log_softmax(-1), parent_CV.log_softmax(-1)
+    ce = -log_CV.gather(1, labels_C[:, None]).sum(dtype=torch.float64)
+    kl = (log_parent_CV.exp() * (log_parent_CV - log_CV)).sum(-1).sum(dtype=torch.float64)
+    return torch.stack([ce, kl, agreed])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

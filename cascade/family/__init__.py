@@ -1,0 +1,1 @@
+"""The family: the graph of its nodes, how one node is run, what each kind does, and the index of a build."""

@@ -1,0 +1,103 @@
+"""From a recipe to a stored family, without an orchestrator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cascade.architecture import Architecture
+from cascade.data.corpus import require_tokens
+from cascade.data.sources import Source, fingerprint
+from cascade.errors import InputError
+from cascade.family.graph import Graph, Parent, build_graph
+from cascade.family.index import Json, family_index, has_index, write_index
+from cascade.family.job import Job, RunOptions, job_of
+from cascade.family.runner import Outcome
+from cascade.models.decoder import architecture_of
+from cascade.models.sources import load_config, resolve_parent
+from cascade.planning.plan import plan_child
+from cascade.recipe import Options, Recipe
+from cascade.storage.locations import check_store, open_location
+from cascade.storage.manifest import Manifest
+
+RunJob = Callable[[Job], Outcome]
+OnIndex = Callable[[Json], None]
+
+
+def default_cache() -> Path:
+    """CASCADE_CACHE, or `~/.cache/cascade`."""
+    return Path(os.environ.get("CASCADE_CACHE") or Path.home() / ".cache" / "cascade")
+
+
+def run_options(recipe: Recipe, store: str, options: Options) -> RunOptions:
+    """Bind a build to a store; names the run by family and UTC time."""
+    return RunOptions(
+        store=store,
+        cache=options.cache or str(default_cache()),
+        run=f"{recipe.family}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
+        device=options.device,
+        checkpoint_seconds=options.checkpoint_seconds,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def plan_family(recipe: Recipe, cache: Path) -> Graph:
+    """Plan every stage and lay out the graph; reads the parent's config, never its weights as tensors.
+
+    Raises InputError for whatever of the recipe cannot be built.
+    """
+    source = resolve_parent(recipe.parent, trust_remote_code=recipe.trust_remote_code, cache=cache)
+    original = architecture_of(load_config(source), trust_remote_code=recipe.trust_remote_code)
+    prints = tuple(fingerprint(Source(**source.model_dump())) for source in recipe.corpus.sources)
+    parent = Parent(recipe.parent, source.fingerprint, original)
+    return build_graph(recipe, parent, plan_stages(recipe, original), prints)
+
+
+def plan_stages(recipe: Recipe, original: Architecture) -> tuple[Architecture, ...]:
+    """The architecture of every child; each is no larger than the one before on any axis."""
+    seed, plans = original, []
+    for stage in recipe.stages:
+        prune = stage.prune
+        try:
+            seed = plan_child(original, seed, parameters=prune.parameters, ratio=prune.ratio, axes=prune.axes)
+        except InputError as error:
+            error.where = f"stage {stage.name}, {error.where}"
+            raise
+        plans.append(seed)
+    return tuple(plans)
+
+
+def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = lambda index: None) -> Json:
+    """Make every artifact of the graph and return the family's index.
+
+    run: makes one node, such as `runner.run_node` with a report, or a Prefect task around it.
+    on_index: receives the index when the parent and when a stage has been evaluated.
+    """
+    store = open_location(options.store)
+    check_store(store)
+    done: dict[str, Outcome] = {}
+    index: Json = {}
+    rebuilt = has_index(graph, store)
+    ends = {graph.evaluated.key, *(stage.evaluated.key for stage in graph.stages)}
+    for node in graph:
+        done[node.key] = run(job_of(node, options))
+        if node is graph.corpus:
+            require_enough(graph, done[node.key].manifest)
+        if node.key in ends:
+            index = family_index(graph, store, done, options.run)
+            on_index(index)
+            # An interrupted rebuild must not hide the stages of the build before it.
+            if not rebuilt or len(index["stages"]) == len(graph.stages):
+                write_index(index, store)
+    return index
+
+
+def require_enough(graph: Graph, corpus: Manifest) -> None:
+    """Raise InputError if a stage wants more tokens than the corpus has in the epochs it allows.
+
+    The corpus checks this before it is stored; one that is reused was perhaps made for shorter stages.
+    """
+    for need in graph.corpus.hints["needs"]:
+        require_tokens(corpus.facts["train_rows"], corpus.facts["sequence_length"], **need)

@@ -1,0 +1,23 @@
+"""Analytic FLOPs of a node's work, per token; the forecast and the manifests count with the same formulas."""
+
+from __future__ import annotations
+
+from cascade.architecture import Architecture
+
+# A backward pass costs twice the forward pass (Kaplan et al., 2001.08361, section 2.1).
+TRAINING_FORWARDS = 3
+
+
+def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:
+    """What the teacher costs beside a student: its LM head where its states are stored, else all of it."""
+    return 2 * parent.hidden * parent.vocabulary if stored else parent.forward_flops(context)
+
+
+def training_flops(child: Architecture, parent: Architecture, context: int, stored: bool) -> int:
+    """One trained token."""
+    return TRAINING_FORWARDS * child.forward_flops(context) + teacher_flops(parent, context, stored)
+
+
+def evaluation_flops(model: Architecture, parent: Architecture, context: int, stored: bool) -> int:
+    """One evaluated token."""
+    return model.forward_flops(context) + teacher_flops(parent, context, stored)

@@ -1,0 +1,131 @@
+"""What a family will cost, from its plan alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from cascade.architecture import Architecture
+from cascade.family.cost import evaluation_flops, training_flops
+from cascade.family.graph import Graph, StageNodes, dial
+
+# Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
+# rate of a large float32 product on 2 cores. Doubtful elsewhere: a forecast, not a promise.
+STEP_EFFICIENCY = 0.6
+CONTEXT_OF_CACHE = 4096
+# A stored hidden state is bfloat16.
+SIGNAL_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and stored bytes of one row of the plan."""
+
+    flops: int
+    stored_bytes: int
+
+
+def parent_cost(graph: Graph) -> Cost:
+    """The parent's copy, its evaluation, and its one forward pass over what the hungriest stage needs."""
+    recipe, parent = graph.recipe, graph.original
+    length, stored = recipe.corpus.sequence_length, graph.signals is not None
+    held_out = recipe.corpus.held_out_tokens
+    tokens = held_out + max(stage.distill.tokens for stage in recipe.stages) if stored else 0
+    flops = tokens * parent.forward_flops(length) + held_out * evaluation_flops(
+        parent, parent, length, stored
+    )
+    return Cost(flops, parent.weight_bytes() + tokens * parent.hidden * SIGNAL_BYTES)
+
+
+def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
+    """Calibration of the seed, training and two evaluations of the child; two stored checkpoints."""
+    recipe, parent, child = graph.recipe, graph.original, stage.architecture
+    length, stored = recipe.corpus.sequence_length, graph.signals is not None
+    flops = (
+        stage.stage.prune.calibration_tokens * seed.forward_flops(length)
+        + stage.stage.distill.tokens * training_flops(child, parent, length, stored)
+        + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
+    )
+    return Cost(flops, 2 * child.weight_bytes())
+
+
+def machine_rate() -> float:
+    """Matmul FLOP/s of this machine in the training precision, best of several short runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def plan_table(graph: Graph, rate: float) -> Table:
+    """One row a model: shape, counts, memory, and what making it costs at `rate` FLOP/s."""
+    table = Table(title=f"plan of family {graph.recipe.family}", title_justify="left")
+    for column in ("model", "dial", *SHAPE_COLUMNS, "TFLOPs", "storage", "about"):
+        table.add_column(column, justify="left" if column in ("model", "dial") else "right")
+    rows: list[tuple[str, str, Architecture, Cost]] = [("parent", "", graph.original, parent_cost(graph))]
+    seed = graph.original
+    for stage in graph.stages:
+        rows.append(
+            (stage.stage.name, dial(stage.stage.prune), stage.architecture, stage_cost(stage, seed, graph))
+        )
+        seed = stage.architecture
+    for name, setting, shape, cost in rows:
+        table.add_row(name, setting, *shape_cells(shape), *cost_cells(cost, rate))
+    costs = [row[3] for row in rows]
+    total = Cost(sum(cost.flops for cost in costs), sum(cost.stored_bytes for cost in costs))
+    table.add_section()
+    table.add_row("family", "", *[""] * len(SHAPE_COLUMNS), *cost_cells(total, rate))
+    return table
+
+
+SHAPE_COLUMNS = (
+    "layers",
+    "hidden",
+    "FFN",
+    "heads/KV",
+    "parameters",
+    "non-embedding",
+    "weights",
+    "KV cache 4k",
+)
+
+
+def shape_cells(shape: Architecture) -> list[str]:
+    """The architecture and its memory in float32."""
+    return [
+        str(shape.layers),
+        str(shape.hidden),
+        str(shape.ffn),
+        f"{shape.heads}/{shape.kv_groups}",
+        f"{shape.parameters:,}",
+        f"{shape.non_embedding_parameters:,}",
+        megabytes(shape.weight_bytes()),
+        megabytes(shape.kv_cache_bytes(CONTEXT_OF_CACHE)),
+    ]
+
+
+def cost_cells(cost: Cost, rate: float) -> list[str]:
+    """FLOPs, bytes and the time that follows from the machine's rate."""
+    seconds = cost.flops / (rate * STEP_EFFICIENCY)
+    return [f"{cost.flops / 1e12:,.1f}", megabytes(cost.stored_bytes), duration(seconds)]
+
+
+def megabytes(count: int) -> str:
+    """Decimal megabytes."""
+    return f"{count / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h` or `5.0 d`."""
+    for limit, unit, size in ((90, "s", 1), (5400, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}" if unit == "s" else f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86_400:.1f} d"

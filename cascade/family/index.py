@@ -1,0 +1,106 @@
+"""`family.json`: the newest build of a family, derived from the manifests of its artifacts.
+
+Its keys are stable for programs: more may be added, none is renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from cascade.errors import InputError, IntegrityError
+from cascade.family.graph import Graph, Node, StageNodes
+from cascade.family.runner import Outcome
+from cascade.storage.locations import Location
+
+INDEX = "family.json"
+Json = dict[str, Any]
+
+
+def has_index(graph: Graph, store: Location) -> bool:
+    """Whether the family was built in this store before."""
+    return (store / graph.recipe.family / INDEX).exists()
+
+
+def write_index(index: Json, store: Location) -> None:
+    """Replace `family.json` in one step."""
+    text = json.dumps(index, indent=2) + "\n"
+    (store / index["family"] / INDEX).write_bytes(text.encode())
+
+
+def read_index(family: Location) -> Json:
+    """Read `<root>/<family>/family.json`; raises InputError when the family was never built there."""
+    try:
+        index: Json = json.loads((family / INDEX).read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            "there is no family and no artifact here",
+            value=family.uri,
+            where=f"neither {INDEX} nor manifest.json exists",
+            remedy="give <root>/<family>, or the folder of an artifact; `cascade build` makes them",
+        ) from None
+    except ValueError as error:
+        raise IntegrityError(
+            f"{INDEX} is damaged: {error}", value=family.uri, remedy="`cascade build` writes it again"
+        ) from error
+    return index
+
+
+def family_index(graph: Graph, store: Location, done: dict[str, Outcome], run: str) -> Json:
+    """The family as plain JSON: the parent, the finished stages, and every artifact with its key."""
+    parent = done[graph.evaluated.key].manifest.facts
+    return {
+        "family": graph.recipe.family,
+        "run": run,
+        "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": graph.recipe.model_dump(mode="json"),
+        "parent": {
+            "uri": graph.parent.location(store).uri,
+            "parameters": graph.original.parameters,
+            "non_embedding_parameters": graph.original.non_embedding_parameters,
+            **{name: parent["parent"][name] for name in ("held_out_ce", "tokens_per_second")},
+        },
+        "stages": [stage_record(stage, store, done) for stage in graph.stages if stage.evaluated.key in done],
+        "artifacts": [artifact_record(node, store, done[node.key]) for node in graph if node.key in done],
+    }
+
+
+def artifact_record(node: Node, store: Location, outcome: Outcome) -> Json:
+    """One artifact of the build; `run` names the build that made it."""
+    return {
+        "node": node.name,
+        "uri": node.location(store).uri,
+        "key": node.key,
+        "reused": outcome.reused,
+        "seconds": outcome.manifest.seconds,
+        "bytes": outcome.manifest.bytes,
+        "run": outcome.manifest.run,
+    }
+
+
+def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -> Json:
+    """One child's row: what it is, what pruning cost and distillation won back, and what it took.
+
+    seconds: of the stage's nodes, from the manifests, whichever run made them. reused: the trained
+    checkpoint was there before this build. held_out_ce and kl_to_parent are nats a token.
+    """
+    nodes = (stage.importance, stage.pruned, stage.distilled, stage.evaluated)
+    facts = done[stage.evaluated.key].manifest.facts
+    pruned, distilled = facts["pruned"], facts["distilled"]
+    return {
+        "name": stage.stage.name,
+        "checkpoint": stage.distilled.location(store).uri,
+        "architecture": stage.architecture.record(),
+        "parameters": stage.architecture.parameters,
+        "non_embedding_parameters": stage.architecture.non_embedding_parameters,
+        "pruned_held_out_ce": pruned["held_out_ce"],
+        "held_out_ce": distilled["held_out_ce"],
+        "pruned_kl_to_parent": pruned["kl_to_parent"],
+        "kl_to_parent": distilled["kl_to_parent"],
+        "top1_agreement": distilled["top1_agreement"],
+        "tokens_trained": done[stage.distilled.key].manifest.tokens,
+        "tokens_per_second": distilled["tokens_per_second"],
+        "seconds": round(sum(done[node.key].manifest.seconds for node in nodes), 1),
+        "reused": done[stage.distilled.key].reused,
+    }

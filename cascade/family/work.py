@@ -1,0 +1,213 @@
+"""What each kind of node does: one function a kind, from verified inputs to files and facts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cascade.architecture import Architecture
+from cascade.data import corpus as corpora
+from cascade.data.corpus import Corpus, require_tokens
+from cascade.data.packing import pack
+from cascade.data.sources import Source, documents, fingerprint
+from cascade.distillation.loop import distill
+from cascade.distillation.settings import DistillSettings, rows_of
+from cascade.distillation.signals import OnlineTeacher, StoredTeacher, Teacher, write_signals
+from cascade.distillation.states import head_of
+from cascade.errors import InputError
+from cascade.evaluation.gate import gate
+from cascade.evaluation.metrics import evaluate
+from cascade.family.cost import evaluation_flops, training_flops
+from cascade.family.graph import Kind
+from cascade.family.workplace import Result, Workplace
+from cascade.importance.calibration import calibrate
+from cascade.models.decoder import decoder_of
+from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
+from cascade.models.sources import ParentSource, load_model, load_tokenizer, resolve_parent
+from cascade.pruning.surgery import prune
+from cascade.storage.checkpoints import TrainingCheckpoints
+
+SCORES = "scores.safetensors"
+STEPS = "steps.jsonl"
+METRICS = "metrics.json"
+
+
+def make_corpus(place: Workplace) -> Result:
+    """Documents to packed rows; too little text for a stage is an error before anything is stored."""
+    section, hints = place.job.section, place.job.hints
+    tokenizer = load_tokenizer(the_parent(place, section["tokenizer"]))
+    sources = [Source(**source) for source in hints["sources"]]
+    packed = pack(
+        itertools.chain.from_iterable(documents(source) for source in sources),
+        tokenizer,
+        sequence_length=section["sequence_length"],
+        held_out=section["held_out"],
+        seed=section["seed"],
+        report=place.report,
+    )
+    require_unchanged(sources, [source["fingerprint"] for source in section["sources"]])
+    corpora.write(packed, place.folder)
+    corpus = Corpus.open(place.folder)
+    for need in hints["needs"]:
+        require_tokens(len(corpus.train), corpus.sequence_length, **need)
+    return Result(packed.facts(), tokens=(len(corpus.train) + len(corpus.held_out)) * corpus.sequence_length)
+
+
+def require_unchanged(sources: list[Source], planned: list[str]) -> None:
+    """What was just read must be what was planned, or it would be stored under another text's key."""
+    for source, expected in zip(sources, planned, strict=True):
+        if fingerprint(source) != expected:
+            raise InputError(
+                "a corpus source changed after the family was planned",
+                value=source.path,
+                where="corpus.sources",
+                remedy="run the command again; it plans with the source as it is now",
+            )
+
+
+def make_parent(place: Workplace) -> Result:
+    """The parent as a plain Hugging Face folder in its own precision, whatever form it came in."""
+    source = the_parent(place, place.job.section["fingerprint"])
+    model = load_model(source)
+    architecture = decoder_of(model).architecture
+    save_model(model, load_tokenizer(source), place.folder)
+    return Result({"parameters": architecture.parameters, "architecture": architecture.record()})
+
+
+def the_parent(place: Workplace, fingerprint: str) -> ParentSource:
+    """The parent that was planned; raises InputError when its content has changed since."""
+    options = place.job.options
+    source = resolve_parent(
+        place.job.hints["parent"], trust_remote_code=options.trust_remote_code, cache=place.cache
+    )
+    if source.fingerprint != fingerprint:
+        raise InputError(
+            "the parent changed after the family was planned",
+            value=source.fingerprint[:12],
+            where=source.reference,
+            remedy="run the command again; it plans with the parent as it is now",
+        )
+    return source
+
+
+def make_signals(place: Workplace) -> Result:
+    """The teacher's one forward pass for the whole family."""
+    corpus, section = place.corpus(), place.job.section
+    rows = min(rows_of(section["tokens"], corpus.sequence_length), len(corpus.train))
+    held_out = held_out_rows(corpus, section["held_out_tokens"])
+    teacher = read_only(place, "parent")
+    facts = write_signals(teacher, corpus, place.folder, rows, held_out, report=place.report)
+    tokens = (rows + held_out) * corpus.sequence_length
+    return Result(facts, tokens, tokens * shape_of(teacher).forward_flops(corpus.sequence_length))
+
+
+def make_importance(place: Workplace) -> Result:
+    """One calibration pass over the checkpoint that is to be cut."""
+    corpus = place.corpus()
+    rows = min(rows_of(place.job.section["calibration_tokens"], corpus.sequence_length), len(corpus.train))
+    model = read_only(place, "checkpoint")
+    scores = calibrate(model, corpus.train[:rows], report=place.report)
+    save_file({name: score.contiguous() for name, score in scores.items()}, place.folder / SCORES)
+    tokens = rows * corpus.sequence_length
+    return Result({}, tokens, tokens * shape_of(model).forward_flops(corpus.sequence_length))
+
+
+def make_pruned(place: Workplace) -> Result:
+    """Cut the checkpoint to the planned architecture."""
+    folder, trust = place.input("checkpoint"), place.job.options.trust_remote_code
+    target = Architecture(**place.job.section["architecture"])
+    model = load_folder(folder, trust_remote_code=trust)
+    child, kept = prune(model, target, load_file(place.input("importance") / SCORES))
+    save_model(child, load_folder_tokenizer(folder, trust), place.folder)
+    return Result({"parameters": target.parameters, "kept": kept})
+
+
+def make_distilled(place: Workplace) -> Result:
+    """Teach the cut model; the gate admits it before it is published."""
+    corpus, folder = place.corpus(), place.input("student")
+    trust = place.job.options.trust_remote_code
+    student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
+    checkpoints = TrainingCheckpoints(place.job.training)
+    teacher, parent = the_teacher(place, corpus)
+    with place.stop.cooperative():
+        steps = distill(
+            student,
+            teacher,
+            corpus,
+            settings=DistillSettings(**place.job.section["distill"]),
+            checkpoints=checkpoints,
+            checkpoint_seconds=place.job.options.checkpoint_seconds,
+            report=place.report,
+            should_stop=place.stop,
+        )
+    shape, tokens = shape_of(student), steps[-1].tokens
+    save_model(student, load_folder_tokenizer(folder, trust), place.folder)
+    lines = [json.dumps(asdict(step)) for step in steps]
+    (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    facts = {
+        "first": asdict(steps[0]),
+        "last": asdict(steps[-1]),
+        "gate": gate(place.folder, shape.parameters),
+    }
+    flops = tokens * training_flops(shape, parent, corpus.sequence_length, "signals" in place.job.inputs)
+    return Result(facts, tokens, flops, after_publish=checkpoints.delete)
+
+
+def make_evaluated(place: Workplace) -> Result:
+    """Held-out figures of every checkpoint among the inputs, against the parent."""
+    corpus = place.corpus()
+    rows = held_out_rows(corpus, place.job.section["held_out_tokens"])
+    teacher, parent = the_teacher(place, corpus)
+    names = ["pruned", "distilled"] if "distilled" in place.job.inputs else ["parent"]
+    facts: dict[str, Any] = {}
+    flops, tokens = 0, rows * corpus.sequence_length
+    for name in names:
+        model = read_only(place, name)
+        facts[name] = asdict(evaluate(model, teacher, corpus, rows, report=place.report))
+        flops += tokens * evaluation_flops(
+            shape_of(model), parent, corpus.sequence_length, "signals" in place.job.inputs
+        )
+    (place.folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return Result(facts, tokens * len(names), flops)
+
+
+def held_out_rows(corpus: Corpus, tokens: int) -> int:
+    """Rows that are evaluated: as many as asked for, or all there are."""
+    return min(rows_of(tokens, corpus.sequence_length), len(corpus.held_out))
+
+
+def the_teacher(place: Workplace, corpus: Corpus) -> tuple[Teacher, Architecture]:
+    """The parent, from its stored signals where the family has them, and its architecture."""
+    model = read_only(place, "parent")
+    if "signals" not in place.job.inputs:
+        return OnlineTeacher(model, corpus), shape_of(model)
+    return StoredTeacher(place.input("signals"), head_of(model), corpus.identity), shape_of(model)
+
+
+def read_only(place: Workplace, name: str) -> PreTrainedModel:
+    """An input checkpoint for inference."""
+    trust = place.job.options.trust_remote_code
+    return load_folder(place.input(name), place.working_dtype, place.device, trust_remote_code=trust)
+
+
+def shape_of(model: PreTrainedModel) -> Architecture:
+    """The architecture of a loaded model."""
+    return decoder_of(model).architecture
+
+
+WORK: dict[Kind, Callable[[Workplace], Result]] = {
+    Kind.CORPUS: make_corpus,
+    Kind.PARENT: make_parent,
+    Kind.SIGNALS: make_signals,
+    Kind.IMPORTANCE: make_importance,
+    Kind.PRUNED: make_pruned,
+    Kind.DISTILLED: make_distilled,
+    Kind.EVALUATED: make_evaluated,
+}

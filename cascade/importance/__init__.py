@@ -1,0 +1,1 @@
+"""What to keep: one streamed calibration pass turns activations into one score vector per axis."""

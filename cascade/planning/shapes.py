@@ -1,0 +1,68 @@
+"""Every legal shape of a child, and those among them that a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cascade.architecture import Architecture
+from cascade.planning.axes import Axis, ffn_step, hidden_step, multiples
+from cascade.planning.budget import Budget
+
+
+@dataclass(frozen=True)
+class Space:
+    """The shapes that a child of `seed` may take when only `axes` are cut.
+
+    The steps between sizes follow from the original, so that a small child keeps the friendly multiples
+    of the family's first parent, and cutting in stages draws from the same sizes as cutting at once.
+    """
+
+    original: Architecture
+    seed: Architecture
+    axes: tuple[Axis, ...]
+
+    def bodies(self) -> Iterator[Architecture]:
+        """All legal combinations of layers, KV groups and hidden size, with the seed's FFN."""
+        seed = self.seed
+        depths = range(seed.layers, 0, -1) if Axis.LAYERS in self.axes else (seed.layers,)
+        groups = range(seed.kv_groups, 0, -1) if Axis.KV_GROUPS in self.axes else (seed.kv_groups,)
+        for kv_groups in groups:
+            for hidden in self.hidden_sizes(kv_groups * seed.heads_per_group):
+                for layers in depths:
+                    yield replace(seed, layers=layers, kv_groups=kv_groups, hidden=hidden)
+
+    def hidden_sizes(self, heads: int) -> list[int]:
+        """Legal hidden sizes of a child with `heads` query heads; maybe none, see `hidden_step`."""
+        seed, sizes = self.seed, [self.seed.hidden]
+        if Axis.HIDDEN in self.axes:
+            sizes = multiples(hidden_step(self.original, heads), seed.hidden)
+        undivided = self.original.hidden % self.original.heads != 0
+        return [size for size in sizes if undivided or size % heads == 0]
+
+    def within(self, budget: Budget) -> Iterator[Architecture]:
+        """Legal shapes that meet `budget`: for every body the widest FFN that still fits.
+
+        A narrower one costs more quality and is never better. The count is linear in F, so the widest is
+        found by division, not by trying.
+        """
+        for body in self.bodies():
+            ffn = self.widest_ffn(body, budget)
+            if ffn:
+                yield replace(body, ffn=ffn)
+
+    def widest_ffn(self, body: Architecture, budget: Budget) -> int:
+        """The largest legal FFN size that keeps `body` within `budget`; 0 if there is none."""
+        spent = budget.spent(body)
+        if spent <= budget.limit:
+            return body.ffn
+        if Axis.FFN not in self.axes:
+            return 0
+        neuron = spent - budget.spent(replace(body, ffn=body.ffn - 1))
+        step = ffn_step(self.original.ffn)
+        return max(0, (budget.limit - spent + body.ffn * neuron) // neuron // step * step)
+
+    def smallest(self, budget: Budget) -> Architecture:
+        """The legal shape that counts least against `budget`, whatever its limit."""
+        ffn = min(ffn_step(self.original.ffn), self.seed.ffn) if Axis.FFN in self.axes else self.seed.ffn
+        return min((replace(body, ffn=ffn) for body in self.bodies()), key=budget.spent)

@@ -1,0 +1,1 @@
+"""The cut: scores choose what stays, coupled parameters are sliced together, a stock model comes out."""

@@ -1,0 +1,302 @@
+"""The recipe: one validated tree that describes a whole family; the same models make the Prefect form.
+
+No unions of models: Prefect's form submits a mix of the branches. A variant is an enum field plus the
+optional fields it uses. Cross-field rules run again in the flow's first second, because a form checks
+only what JSON schema can say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from enum import StrEnum
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cascade.distillation.objectives import Objective
+from cascade.errors import InputError
+from cascade.planning.axes import Axis
+
+NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+RESERVED_STAGES = ("parent", "aliases")
+RESERVED_FAMILY = "shared"
+COUNT = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kMBT]?)$")
+MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: object) -> object:
+    """Turn "20k", "1.5M" or "3B" (decimal multiples) into an integer; leave anything else to pydantic."""
+    match = COUNT.match(value.strip()) if isinstance(value, str) else None
+    return round(float(match[1]) * MULTIPLES[match[2]]) if match else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+def setting(default: Any, position: int, title: str, description: str, **bounds: Any) -> Any:
+    """A pydantic field that carries what the Prefect form shows: title, description, order."""
+    return Field(
+        default, title=title, description=description, json_schema_extra={"position": position}, **bounds
+    )
+
+
+class Section(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Section):
+    """Where documents come from."""
+
+    path: str = setting(
+        ..., 0, "Path", "`embedded`, a .jsonl, .parquet or .txt file or URL, or a hub data set.", min_length=1
+    )
+    field: str = setting("text", 1, "Field", "The column that holds the text of a document.", min_length=1)
+    split: str = setting("train", 2, "Split", "The split of a hub data set.", min_length=1)
+    config: str | None = setting(
+        None, 3, "Configuration", "The configuration of a hub data set, if it has several."
+    )
+
+
+def source_from_path(value: object) -> object:
+    """A plain string stands for a source with the default field and split."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Corpus(Section):
+    """The text that calibrates, teaches and measures every stage."""
+
+    sources: tuple[Annotated[Source, BeforeValidator(source_from_path)], ...] = setting(
+        ..., 0, "Sources", "One or more sources of documents.", min_length=1
+    )
+    sequence_length: int = setting(
+        512, 1, "Sequence length", "Tokens in a packed sequence.", ge=8, le=1_048_576
+    )
+    held_out: float = setting(
+        0.02,
+        2,
+        "Held-out share",
+        "Share of documents kept out of training, chosen by document hash.",
+        gt=0,
+        lt=1,
+    )
+    held_out_tokens: Count = setting(
+        8192, 3, "Evaluated tokens", "At most this many held-out tokens are evaluated.", ge=64
+    )
+
+
+class Signals(StrEnum):
+    """How the teacher reaches the student.
+
+    HIDDEN stores the teacher's last hidden states once for the whole family; ONLINE runs the teacher
+    beside every student and stores nothing.
+    """
+
+    HIDDEN = "hidden"
+    ONLINE = "online"
+
+
+class Teacher(Section):
+    """The teacher is the original parent at every stage (Ministral 3, 2601.08584, section 3)."""
+
+    signals: Signals = setting(
+        Signals.HIDDEN,
+        0,
+        "Signals",
+        "hidden: computed once, stored in 2 bytes x hidden size a token; online: recomputed at every stage.",
+    )
+
+
+class Prune(Section):
+    """One dial: `parameters` or `ratio`."""
+
+    parameters: Count | None = setting(
+        None, 0, "Parameters", "The child's parameters in total, embeddings included, such as 100M.", ge=1
+    )
+    ratio: float | None = setting(
+        None,
+        1,
+        "Ratio",
+        "Share of the ORIGINAL parent's non-embedding parameters that the child keeps.",
+        gt=0,
+        lt=1,
+    )
+    axes: tuple[Axis, ...] = setting(
+        tuple(Axis), 2, "Axes", "The axes that the planner may cut.", min_length=1
+    )
+    calibration_tokens: Count = setting(
+        8192, 3, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+    )
+
+    @model_validator(mode="after")
+    def one_dial(self) -> Prune:
+        """Exactly one of the two dials says how small the child is."""
+        if (self.parameters is None) == (self.ratio is None):
+            raise ValueError("set exactly one of `parameters` and `ratio`")
+        return self
+
+
+class Distill(Section):
+    """How the cut model learns to imitate the teacher."""
+
+    tokens: Count = setting(..., 0, "Tokens", "Training tokens of this stage.", ge=1)
+    epochs: int = setting(
+        1, 1, "Epochs", "How often the corpus may be repeated to reach `tokens`.", ge=1, le=1000
+    )
+    objective: Objective = setting(
+        Objective.FORWARD_KL,
+        2,
+        "Objective",
+        "Divergence between the teacher's and the student's distribution.",
+    )
+    temperature: float = setting(1.0, 3, "Temperature", "Both logits are divided by it.", gt=0, le=100)
+    cross_entropy_weight: float = setting(
+        0.0, 4, "Cross-entropy weight", "Share w of the corpus loss: (1-w) * divergence + w * CE.", ge=0, le=1
+    )
+    learning_rate: float | None = setting(
+        None, 5, "Learning rate", "Peak learning rate; derived from the child's size when empty.", gt=0, le=1
+    )
+    batch_tokens: Count | None = setting(
+        None, 6, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
+    )
+
+
+class Stage(Section):
+    """One child: cut from the child before it (the first from the parent), then distilled."""
+
+    name: str = setting(
+        ..., 0, "Name", "Lowercase letters, digits and dashes; names the folder.", pattern=NAME
+    )
+    prune: Prune = setting(..., 1, "Prune", "How small the child becomes.")
+    distill: Distill = setting(..., 2, "Distill", "How the child is taught.")
+
+
+class Recipe(Section):
+    """A family: one parent, one corpus, one teacher, and its stages from large to small."""
+
+    family: str = setting(
+        ..., 0, "Family", "Lowercase letters, digits and dashes; names the folder.", pattern=NAME
+    )
+    parent: str = setting(
+        ...,
+        1,
+        "Parent",
+        "A hub id, a Hugging Face folder, a .gguf file, an s3:// folder or an artifact.",
+        min_length=1,
+    )
+    corpus: Corpus = setting(..., 2, "Corpus", "The text that calibrates, teaches and measures.")
+    teacher: Teacher = setting(Teacher(), 3, "Teacher", "How the parent teaches.")
+    stages: tuple[Stage, ...] = setting(..., 4, "Stages", "The children, from large to small.", min_length=1)
+    seed: int = setting(0, 5, "Seed", "Fixes the order of the data and every draw.", ge=0, lt=2**31)
+    trust_remote_code: bool = setting(
+        False, 6, "Trust remote code", "Run Python code that ships with the parent. Read that code first."
+    )
+
+    @model_validator(mode="after")
+    def falling_stages(self) -> Recipe:
+        """Stage names are unique and free, and dials of the same kind fall from stage to stage."""
+        if self.family == RESERVED_FAMILY:
+            raise ValueError(f"family name {self.family!r} is reserved for what families share")
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1 or name in RESERVED_STAGES:
+                raise ValueError(
+                    f"stage name {name!r} is {'reserved' if name in RESERVED_STAGES else 'used twice'}"
+                )
+        for dial in ("ratio", "parameters"):
+            values = [getattr(stage.prune, dial) for stage in self.stages]
+            stated = [value for value in values if value is not None]
+            if any(later >= earlier for earlier, later in pairwise(stated)):
+                raise ValueError(
+                    f"`{dial}` must fall from stage to stage (each is cut from the one before), not {stated}"
+                )
+        return self
+
+
+class Options(Section):
+    """How a build runs: none of it changes a result, so none of it is part of an artifact's key."""
+
+    device: str = setting("", 0, "Device", "A torch device such as `cuda:0`; chosen when empty.")
+    checkpoint_seconds: float = setting(
+        60.0, 1, "Checkpoint interval", "Seconds between two snapshots of the training state.", ge=0
+    )
+    cache: str = setting(
+        "",
+        2,
+        "Cache",
+        "Folder on the worker for scratch files and verified copies; ~/.cache/cascade when empty.",
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe from a YAML file, or by the name of a packaged one such as `quickstart`.
+
+    Raises InputError that names the file, the key and the value.
+    """
+    path = Path(name)
+    packaged = resources.files("cascade") / "recipes" / f"{name}.yaml"
+    source = packaged if re.match(NAME, name) and packaged.is_file() and not path.is_file() else path
+    try:
+        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the recipe: {error.strerror}",
+            value=name,
+            where="RECIPE",
+            remedy=f"give a YAML file or one of the packaged recipes: {', '.join(packaged_recipes())}",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            "the recipe is not valid YAML",
+            value=" ".join(str(error).split()),
+            where=name,
+            remedy="mend the line",
+        ) from error
+    return validate_recipe(tree, where=name)
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("cascade") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def validate_recipe(tree: object, *, where: str) -> Recipe:
+    """Check a parsed tree; raises InputError with one line for each wrong key."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [describe_problem(problem) for problem in error.errors(include_url=False)]
+        raise InputError(
+            "the recipe is wrong:\n" + "\n".join(f"    {problem}" for problem in problems),
+            where=where,
+            remedy="mend these keys; the recipe reference in README.md lists every key with its unit",
+        ) from error
+
+
+def describe_problem(problem: Any) -> str:
+    """One line for one pydantic problem: the key's path, what is wrong, the value, a near miss."""
+    path = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown key{suggestion(str(problem['loc'][-1]))}"
+    if problem["type"] == "missing":
+        return f"{path}: required, but missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    return f"{path}: {message}" + ("" if isinstance(value, dict | list) else f" (got {value!r})")
+
+
+def suggestion(key: str) -> str:
+    """The known key that looks most like `key`, ready to be appended to a message."""
+    models = (Recipe, Corpus, Source, Teacher, Stage, Prune, Distill)
+    known = sorted({name for model in models for name in model.model_fields})
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -1,0 +1,85 @@
+"""The parts of README.md that are derived from the code; `python -m tests.docs` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from cascade.recipe import (
+    Corpus,
+    Distill,
+    Options,
+    Prune,
+    Recipe,
+    Section,
+    Source,
+    Stage,
+    Teacher,
+    load_recipe,
+)
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DEPLOYMENT = ROOT / "deploy" / "prefect.yaml"
+BEGIN, END = "<!-- recipe reference -->", "<!-- end of the recipe reference -->"
+SECTIONS: dict[str, type[Section]] = {
+    "": Recipe,
+    "corpus.": Corpus,
+    "corpus.sources[].": Source,
+    "teacher.": Teacher,
+    "stages[].": Stage,
+    "stages[].prune.": Prune,
+    "stages[].distill.": Distill,
+}
+
+
+def recipe_reference() -> str:
+    """A Markdown table of every key of a recipe, from the fields' own descriptions."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for prefix, section in SECTIONS.items():
+        for name, field in section.model_fields.items():
+            default = "required" if field.default is PydanticUndefined else default_text(field.default)
+            lines.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def default_text(value: object) -> str:
+    """A default as one would write it in YAML."""
+    if value is None:
+        return ""
+    if isinstance(value, Section):
+        return "see below"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def with_reference(readme: str) -> str:
+    """The README with the current reference between its marks."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    return pattern.sub(lambda match: f"{BEGIN}\n{recipe_reference()}\n{END}", readme)
+
+
+def with_parameters(deployment: str) -> str:
+    """The deployment file with the packaged recipe as the parameters that fill its form."""
+    parameters = {
+        "store": "families",
+        "options": Options().model_dump(mode="json"),
+        "recipe": load_recipe("quickstart").model_dump(mode="json"),
+    }
+    head = deployment[: deployment.index("    parameters:\n")]
+    body = yaml.safe_dump({"parameters": parameters}, sort_keys=False)
+    return head + "".join(f"    {line}\n" for line in body.splitlines())
+
+
+def main() -> None:
+    """Write both files anew."""
+    README.write_text(with_reference(README.read_text("utf-8")), "utf-8")
+    DEPLOYMENT.write_text(with_parameters(DEPLOYMENT.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

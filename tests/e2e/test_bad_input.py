@@ -1,0 +1,172 @@
+"""Wrong input through the command line: exit code 2, four parts, nothing written, no secret printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade import cli
+from tests.tiny_family import tiny_tree, write_recipe
+
+Tree = dict[str, Any]
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Run `cascade` in this process; returns its exit code and what it said."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cascade", *arguments])
+        monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.err + captured.out
+
+    return run
+
+
+def unknown_key(tree: Tree, folder: Path) -> list[str]:
+    tree["corpus"]["sequence_lenght"] = 32
+    return ["corpus.sequence_lenght", "did you mean `sequence_length`"]
+
+
+def child_not_smaller(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["prune"] = {"parameters": 200_000}
+    return ["200000", "164,544", "stage large"]
+
+
+def budget_below_the_embeddings(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["prune"] = {"parameters": 100}
+    return ["100", "stage large", "way out"]
+
+
+def empty_corpus(tree: Tree, folder: Path) -> list[str]:
+    (folder / "empty.jsonl").write_text("")
+    tree["corpus"]["sources"] = [str(folder / "empty.jsonl")]
+    return ["empty.jsonl"]
+
+
+def no_such_corpus(tree: Tree, folder: Path) -> list[str]:
+    tree["corpus"]["sources"] = [str(folder / "absent.jsonl")]
+    return ["absent.jsonl"]
+
+
+def no_such_field(tree: Tree, folder: Path) -> list[str]:
+    (folder / "other.jsonl").write_text('{"body": "words"}\n')
+    tree["corpus"]["sources"] = [str(folder / "other.jsonl")]
+    return ["other.jsonl", "body"]
+
+
+def short_corpus(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][1]["distill"]["tokens"] = 1_000_000
+    return ["1000000", "epochs: "]
+
+
+def no_such_parent(tree: Tree, folder: Path) -> list[str]:
+    tree["parent"] = str(folder / "absent")
+    return ["absent"]
+
+
+def not_a_causal_model(tree: Tree, folder: Path) -> list[str]:
+    parent = folder / "bert"
+    parent.mkdir()
+    (parent / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    )
+    tree["parent"] = str(parent)
+    return ["bert", "BertForMaskedLM"]
+
+
+def pickled_parent(tree: Tree, folder: Path) -> list[str]:
+    parent = folder / "pickled"
+    parent.mkdir()
+    (parent / "config.json").write_text((Path(tree["parent"]) / "config.json").read_text())
+    torch.save({}, parent / "pytorch_model.bin")
+    tree["parent"] = str(parent)
+    return ["pytorch_model.bin", "safetensors"]
+
+
+CASES = [
+    unknown_key,
+    child_not_smaller,
+    budget_below_the_embeddings,
+    empty_corpus,
+    no_such_corpus,
+    no_such_field,
+    short_corpus,
+    no_such_parent,
+    not_a_causal_model,
+    pickled_parent,
+]
+
+
+@pytest.mark.parametrize("spoil", CASES, ids=lambda spoil: spoil.__name__)
+def test_a_wrong_recipe_is_refused_before_anything_is_written(
+    spoil: Callable[[Tree, Path], list[str]],
+    command: Command,
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    tree = tiny_tree(tiny_parent, tiny_corpus)
+    words = spoil(tree, tmp_path)
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", tree), tmp_path / "store"
+    code, said = command("build", str(recipe), "--direct", "--store", str(store))
+    assert code == 2, said
+    assert said.startswith("error: "), said
+    assert "way out: " in said
+    assert "Traceback" not in said
+    assert [word for word in words if word not in said] == [], said
+    assert [path for path in store.rglob("*") if path.is_file()] == []
+
+
+def closed_port(monkeypatch: pytest.MonkeyPatch, s3: str) -> tuple[str, list[str]]:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    return s3, ["127.0.0.1:9"]
+
+
+def no_such_bucket(monkeypatch: pytest.MonkeyPatch, s3: str) -> tuple[str, list[str]]:
+    return "s3://no-such-bucket/families", ["no-such-bucket"]
+
+
+def wrong_secret(monkeypatch: pytest.MonkeyPatch, s3: str) -> tuple[str, list[str]]:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-and-wrong")
+    return s3, ["credentials"]
+
+
+@pytest.mark.parametrize(
+    "spoil", [closed_port, no_such_bucket, wrong_secret], ids=lambda spoil: spoil.__name__
+)
+def test_a_store_that_cannot_be_used_is_named_at_once_and_without_secrets(
+    spoil: Callable[[pytest.MonkeyPatch, str], tuple[str, list[str]]],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    s3: str,
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    store, words = spoil(monkeypatch, s3)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_tree(tiny_parent, tiny_corpus))
+    code, said = command("build", str(recipe), "--direct", "--store", store)
+    assert code == 2, said
+    assert "way out: " in said
+    assert [word for word in words if word not in said] == [], said
+    assert "planted-and-wrong" not in said
+
+
+@pytest.mark.parametrize("name", ["show", "verify"])
+def test_asking_for_what_is_not_there_is_wrong_input(name: str, command: Command, tmp_path: Path) -> None:
+    code, said = command(name, str(tmp_path))
+    assert code == 2
+    assert str(tmp_path) in said

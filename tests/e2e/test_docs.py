@@ -1,0 +1,104 @@
+"""The README's own words: every command in it is run, and its tables are current."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade.recipe import load_recipe, validate_recipe
+from tests.docs import DEPLOYMENT, README, ROOT, with_parameters, with_reference
+from tests.tiny_family import tiny_tree, write_recipe
+
+# Run elsewhere, for the reason given.
+ELSEWHERE = {
+    "make quickstart": "by whoever publishes the figures: it takes minutes",
+    "make test": "it runs this file",
+    "pip install .": "test_the_wheel_holds_what_the_command_needs",
+    "prefect server start": "the fixture prefect_server",
+    "prefect work-pool create cascade --type process": "tests/flows/test_deployment.py",
+    "prefect deploy --prefect-file deploy/prefect.yaml --all": "tests/flows/test_deployment.py",
+    "prefect worker start --pool cascade": "Prefect's own program",
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every command line, without its comment."""
+    lines = [line.split(" #")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(cascade|make|pip|prefect|python) ", line)]
+
+
+def test_the_reference_and_the_deployment_are_current() -> None:
+    readme, deployment = README.read_text("utf-8"), DEPLOYMENT.read_text("utf-8")
+    assert with_reference(readme) == readme, "run: python -m tests.docs"
+    assert with_parameters(deployment) == deployment, "run: python -m tests.docs"
+
+
+def test_the_recipe_in_the_readme_is_the_packaged_one_but_for_its_last_stage() -> None:
+    (text,) = blocks("yaml")
+    shown = validate_recipe(yaml.safe_load(text), where="README.md")
+    assert shown.stages[0].distill == load_recipe("quickstart").stages[0].distill
+    assert shown.parent == load_recipe("quickstart").parent
+
+
+def test_every_command_is_either_run_here_or_named_as_run_elsewhere(
+    tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, s3: str, prefect_server: str
+) -> None:
+    tree = tiny_tree(tiny_parent, tiny_corpus) | {"family": "quickstart"}
+    tree["stages"] = tree["stages"][:1]
+    # A file of this name is taken before the packaged recipe, so the commands run exactly as printed.
+    for name in ("quickstart", "RECIPE.yaml"):
+        write_recipe(tmp_path / name, tree)
+    environment = {**os.environ, "CASCADE_CACHE": str(tmp_path / "cache"), "PREFECT_API_URL": prefect_server}
+    ran = 0
+    for command in commands():
+        if command in ELSEWHERE:
+            continue
+        assert command.startswith("cascade "), f"nobody runs this: {command}"
+        words = shlex.split(command.replace("s3://bucket/prefix", s3))[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "cascade.cli", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        ran += 1
+    assert ran >= 5
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", snippet],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test"])
+def test_the_make_targets_exist(target: str) -> None:
+    assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_the_wheel_holds_what_the_command_needs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("cascade-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"cascade/recipes/quickstart.yaml", "cascade/py.typed", "flows/family.py"} <= set(names)
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "cascade = cascade.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()

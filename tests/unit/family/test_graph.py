@@ -1,0 +1,104 @@
+"""The graph: what makes a key, what depends on what, and where artifacts lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cascade.architecture import Architecture
+from cascade.family.graph import Graph, Kind, Node, Parent, build_graph
+from cascade.recipe import Recipe
+from cascade.storage.locations import open_location
+from tests.tiny_family import tiny_tree
+
+SHAPE = Architecture(
+    layers=4, hidden=64, ffn=128, kv_groups=2, heads_per_group=2, head_size=16, vocabulary=258, tied=True
+)
+PLANS = (replace(SHAPE, layers=3), replace(SHAPE, layers=2))
+
+
+def graph(
+    fingerprint: str = "a" * 64, source: str = "b" * 64, parent: str = "parent", **changes: Any
+) -> Graph:
+    tree = tiny_tree(Path("parent"), Path("corpus.jsonl")) | changes
+    recipe = Recipe.model_validate(tree)
+    return build_graph(recipe, Parent(parent, fingerprint, SHAPE), PLANS, (source,))
+
+
+def keys(graph: Graph) -> dict[str, str]:
+    return {node.name: node.key for node in graph}
+
+
+def changed(before: Graph, after: Graph) -> set[str]:
+    old, new = keys(before), keys(after)
+    return {name for name in old if old[name] != new.get(name)}
+
+
+def with_stage(index: int, section: str, **values: Any) -> list[dict[str, Any]]:
+    stages = tiny_tree(Path("parent"), Path("corpus.jsonl"))["stages"]
+    stages[index][section] |= values
+    return list(stages)
+
+
+def test_every_node_comes_after_its_inputs_and_once() -> None:
+    seen: set[str] = set()
+    for node in graph():
+        assert {source.key for source in node.inputs.values()} <= seen
+        assert node.key not in seen
+        seen.add(node.key)
+
+
+def test_each_child_is_cut_from_the_one_before_and_taught_by_the_original_parent() -> None:
+    family = graph()
+    first, second = family.stages
+    assert first.pruned.inputs["checkpoint"] is family.parent
+    assert second.pruned.inputs["checkpoint"] is first.distilled
+    assert second.importance.inputs["checkpoint"] is first.distilled
+    assert [stage.distilled.inputs["parent"] for stage in family.stages] == [family.parent] * 2
+
+
+def test_the_same_recipe_has_the_same_keys() -> None:
+    assert keys(graph()) == keys(graph())
+
+
+def test_changing_the_last_stage_rebuilds_only_it() -> None:
+    after = graph(stages=with_stage(1, "distill", learning_rate=0.001))
+    assert changed(graph(), after) == {"small/distilled", "small/evaluated"}
+
+
+def test_changing_the_first_stage_rebuilds_what_follows_but_not_the_signals() -> None:
+    after = graph(stages=with_stage(0, "prune", calibration_tokens=256))
+    stages = {
+        f"{stage}/{kind}" for stage in ("large", "small") for kind in ("importance", "pruned", "distilled")
+    }
+    assert changed(graph(), after) == stages | {"large/evaluated", "small/evaluated"}
+
+
+def test_another_parent_or_corpus_changes_everything_it_feeds() -> None:
+    everything = set(keys(graph()))
+    assert changed(graph(), graph(fingerprint="c" * 64)) == everything
+    assert changed(graph(), graph(source="c" * 64)) == everything - {"parent/parent"}
+
+
+def test_what_does_not_change_the_result_stays_outside_the_key() -> None:
+    assert changed(graph(), graph(parent="/elsewhere/parent")) == set()
+    assert changed(graph(), graph(family="other")) == set()
+    assert changed(graph(), graph(stages=with_stage(0, "distill", epochs=3))) == set()
+
+
+def test_an_online_teacher_needs_no_signals() -> None:
+    family = graph(teacher={"signals": "online"})
+    assert Kind.SIGNALS not in {node.kind for node in family}
+    assert "signals" not in family.stages[0].distilled.inputs
+
+
+def test_artifacts_lie_by_family_and_stage_and_shared_ones_apart() -> None:
+    family, store = graph(), open_location("s3://bucket/prefix")
+
+    def place(node: Node) -> str:
+        return node.location(store).uri
+
+    key = family.stages[0].distilled.key[:12]
+    assert place(family.stages[0].distilled) == f"s3://bucket/prefix/tiny/large/distilled/{key}"
+    assert place(family.corpus) == f"s3://bucket/prefix/shared/corpus/{family.corpus.key[:12]}"

@@ -1,0 +1,129 @@
+"""The recipe: what it accepts, how it refuses, and the schema that Prefect's form is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade.errors import InputError
+from cascade.recipe import Options, Recipe, load_recipe, parse_count, validate_recipe
+from tests.tiny_family import tiny_tree, write_recipe
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    return {**tiny_tree(Path("parent"), Path("corpus.jsonl")), **changes}
+
+
+def stage(name: str, prune: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "prune": prune, "distill": {"tokens": 64}}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("20k", 20_000), ("1.5M", 1_500_000), ("3B", 3 * 10**9), ("1T", 10**12), ("7", 7)]
+)
+def test_counts_take_decimal_multiples(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["20K", "k", "-5k", "1e6k", ""])
+def test_other_counts_are_left_for_the_validator_to_refuse(text: str) -> None:
+    assert parse_count(text) == text
+    with pytest.raises(InputError, match="tokens"):
+        validate_recipe(
+            tree(stages=[{**stage("a", {"ratio": 0.5}), "distill": {"tokens": text}}]), where="test"
+        )
+
+
+def test_a_source_may_be_a_plain_path() -> None:
+    recipe = validate_recipe(
+        tree(corpus={"sources": ["embedded", {"path": "x.jsonl", "field": "body"}]}), where="t"
+    )
+    assert [(source.path, source.field) for source in recipe.corpus.sources] == [
+        ("embedded", "text"),
+        ("x.jsonl", "body"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"famly": "x"}, ["famly: unknown key", "did you mean `family`"]),
+        ({"family": "Has Spaces"}, ["family:", "Has Spaces"]),
+        ({"family": "shared"}, ["'shared' is reserved"]),
+        ({"stages": []}, ["stages:"]),
+        ({"stages": [stage("a", {})]}, ["exactly one of `parameters` and `ratio`"]),
+        ({"stages": [stage("a", {"ratio": 0.5, "parameters": 5})]}, ["exactly one"]),
+        ({"stages": [stage("a", {"ratio": 1.0})]}, ["ratio", "less than 1"]),
+        ({"stages": [stage("a", {"ratio": 0.5, "axes": ["depth"]})]}, ["axes", "depth"]),
+        ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
+        ({"stages": [stage("a", {"ratio": 0.5}), stage("a", {"ratio": 0.4})]}, ["'a' is used twice"]),
+        ({"stages": [stage("parent", {"ratio": 0.5})]}, ["'parent' is reserved"]),
+        ({"corpus": {"sources": []}}, ["corpus.sources"]),
+        ({"seed": -1}, ["seed", "-1"]),
+    ],
+)
+def test_wrong_recipes_name_the_key_and_the_value(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        validate_recipe(tree(**changes), where="recipe.yaml")
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "recipe.yaml" in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        validate_recipe(tree(seed=-1, family="A"), where="t")
+    assert "seed" in caught.value.what
+    assert "family" in caught.value.what
+
+
+def test_files_and_packaged_recipes_load(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", tree())
+    assert load_recipe(str(path)) == validate_recipe(tree(), where="t")
+    assert load_recipe("quickstart").family == "quickstart"
+
+
+def test_a_recipe_that_does_not_exist_lists_the_packaged_ones() -> None:
+    with pytest.raises(InputError, match="quickstart") as caught:
+        load_recipe("no-such-recipe")
+    assert caught.value.value == "no-such-recipe"
+
+
+@pytest.mark.parametrize(
+    "text", ["family: [", "!!python/object/apply:os.system ['true']", "just words", "- a"]
+)
+def test_broken_yaml_is_wrong_input_and_runs_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_survives_json() -> None:
+    recipe = load_recipe("quickstart")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def nodes(schema: Any) -> list[dict[str, Any]]:
+    """Every object of a JSON schema."""
+    children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+    return ([schema] if isinstance(schema, dict) else []) + [
+        node for child in children for node in nodes(child)
+    ]
+
+
+@pytest.mark.parametrize("model", [Recipe, Options])
+def test_the_form_has_no_unions_of_models_and_explains_every_field(model: type[Recipe]) -> None:
+    schema = model.model_json_schema()
+    assert [node for node in nodes(schema) if "oneOf" in node or "const" in node] == []
+    for union in (node["anyOf"] for node in nodes(schema) if "anyOf" in node):
+        assert {"type": "null"} in union
+        assert len(union) == 2
+    for definition in [schema, *schema.get("$defs", {}).values()]:
+        for name, field in definition.get("properties", {}).items():
+            assert {"description", "position"} <= field.keys(), name
+            # A section's title is its own, one reference away.
+            assert "title" in field or "$ref" in field, name
