@@ -1,17 +1,18 @@
-"""The shape of a decoder and the analytic counts that follow from it."""
+"""The sizes of a decoder and the analytic counts that follow from them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A homogeneous decoder: every layer has the same sizes, so stock libraries can load the child.
+class Sizes:
+    """What can be cut, and the head size h, which cannot.
 
-    Symbols: L layers, D hidden, F FFN (intermediate) size, G KV groups, q query heads per group,
-    h head size, V vocabulary. The flags say which optional parameters the parent's layers have.
+    Symbols: L layers, D hidden, F FFN (intermediate) size, G KV groups, q query heads per group, h head
+    size, E experts (0 without a mixture of experts).
     """
 
     layers: int
@@ -20,12 +21,7 @@ class Architecture:
     kv_groups: int
     heads_per_group: int
     head_size: int
-    vocabulary: int
-    tied: bool
-    qkv_bias: bool = False
-    output_bias: bool = False
-    ffn_bias: bool = False
-    qk_norm: bool = False
+    experts: int = 0
 
     @property
     def heads(self) -> int:
@@ -33,22 +29,74 @@ class Architecture:
         return self.kv_groups * self.heads_per_group
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer.
+    def queries(self) -> int:
+        """Entries of all queries of a token, G * q * h."""
+        return self.heads * self.head_size
 
-        Weights: q and o are D*Gqh each, k and v are D*Gh each, gate, up and down are D*F each.
-        Two RMSNorm gains of D; optionally q/k norms of h each and biases.
-        """
-        query, key_value = self.heads * self.head_size, self.kv_groups * self.head_size
-        attention = 2 * self.hidden * (query + key_value)
-        ffn = 3 * self.hidden * self.ffn
-        norms = 2 * self.hidden + (2 * self.head_size if self.qk_norm else 0)
-        biases = (
-            (query + 2 * key_value if self.qkv_bias else 0)
-            + (self.hidden if self.output_bias else 0)
-            + (2 * self.ffn + self.hidden if self.ffn_bias else 0)
-        )
-        return attention + ffn + norms + biases
+    @property
+    def keys(self) -> int:
+        """Entries of all keys, or all values, of a token, G * h."""
+        return self.kv_groups * self.head_size
+
+    def factor(self, name: str) -> int:
+        """The size that a `Term` calls by this name."""
+        return int(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Term:
+    """`count` times the product of `factors`, names of sizes such as ("ffn", "hidden").
+
+    matrix: these parameters are multiplied with every token's state, rather than added or multiplied
+    entry by entry.
+    """
+
+    factors: tuple[str, ...]
+    count: int
+    matrix: bool
+
+    def parameters(self, sizes: Sizes) -> int:
+        """How many there are at these sizes."""
+        return self.count * math.prod(sizes.factor(name) for name in self.factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the parameters of a decoder are, read off its structure: see `cascade.models.anatomy`.
+
+    layer: the terms of one layer. outer: those outside the layers, without the token embeddings and the
+    head. active_experts: experts that one token passes. bound: the class takes h from D / (G * q), so that
+    hidden channels and heads can only be cut in proportion.
+    """
+
+    vocabulary: int
+    tied: bool
+    layer: tuple[Term, ...]
+    outer: tuple[Term, ...]
+    active_experts: int = 0
+    bound: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture(Sizes):
+    """A homogeneous decoder: every layer has the same sizes, so stock libraries can load the child."""
+
+    counts: Counts = field(kw_only=True)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the rows of the embeddings."""
+        return self.counts.vocabulary
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embeddings are one tensor."""
+        return self.counts.tied
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return sum(term.parameters(self) for term in self.counts.layer)
 
     @property
     def embedding_parameters(self) -> int:
@@ -57,8 +105,8 @@ class Architecture:
 
     @property
     def non_embedding_parameters(self) -> int:
-        """All layers and the final norm."""
-        return self.layers * self.layer_parameters + self.hidden
+        """All layers, the final norm, learned positions and whatever else is not token embeddings or head."""
+        return self.layers * self.layer_parameters + sum(term.parameters(self) for term in self.counts.outer)
 
     @property
     def parameters(self) -> int:
@@ -68,14 +116,20 @@ class Architecture:
     def forward_flops(self, context: int) -> int:
         """FLOPs of one token's forward pass at a mean attended length of `context`/2.
 
-        Two FLOPs per multiply-add: every weight matrix once (Kaplan et al., 2001.08361, table 1),
-        the attention scores and their weighted sum (2 * 2 * Gqh * context/2 per layer), the LM head.
-        Norms, biases and activations are left out, as there.
+        Two FLOPs per multiply-add: every weight matrix once (Kaplan et al., 2001.08361, table 1), of the
+        experts only the active ones, the attention scores and their weighted sum
+        (2 * 2 * Gqh * context/2 per layer), the LM head. Norms, biases and activations are left out, as
+        there.
         """
-        query, key_value = self.heads * self.head_size, self.kv_groups * self.head_size
-        matrices = 2 * self.hidden * (query + key_value) + 3 * self.hidden * self.ffn
-        attention = 2 * query * context
+        matrices = sum(self._multiplied(term) for term in self.counts.layer if term.matrix)
+        attention = 2 * self.queries * context
         return self.layers * (2 * matrices + attention) + 2 * self.hidden * self.vocabulary
+
+    def _multiplied(self, term: Term) -> int:
+        """Parameters of a term that one token meets: all of a router, of the experts the active ones."""
+        count = term.parameters(self)
+        routed = "experts" in term.factors and len(term.factors) > 2
+        return count * self.counts.active_experts // self.experts if routed else count
 
     def weight_bytes(self, bytes_per_parameter: int = 4) -> int:
         """Bytes of the stored weights (default: float32)."""
@@ -83,8 +137,16 @@ class Architecture:
 
     def kv_cache_bytes(self, context: int, bytes_per_value: int = 4) -> int:
         """Bytes of one sequence's key-value cache at `context` tokens."""
-        return 2 * self.layers * self.kv_groups * self.head_size * context * bytes_per_value
+        return 2 * self.layers * self.keys * context * bytes_per_value
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON with the fields alone, so that it can be part of a node's key."""
+        """Plain JSON, so that it can be part of a node's key."""
         return asdict(self)
+
+    @staticmethod
+    def from_record(record: dict[str, Any]) -> Architecture:
+        """What `record` wrote, also after a round trip through JSON."""
+        counts = dict(record["counts"])
+        for part in ("layer", "outer"):
+            counts[part] = tuple(Term(**term | {"factors": tuple(term["factors"])}) for term in counts[part])
+        return Architecture(**record | {"counts": Counts(**counts)})

@@ -1,6 +1,6 @@
 """The command line: a thin shell over public functions.
 
-Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cascade.family.graph import Graph
     from cascade.family.job import RunOptions
 
-# What shells report of a program that Ctrl-C ended.
-INTERRUPTED = 128 + signal.SIGINT
+# What shells report of a program that Ctrl-C or a kill ended.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 app = typer.Typer(
     help="A family of smaller language models from one parent.",
@@ -150,6 +150,8 @@ def output() -> Console:
 
 def main() -> None:
     """The command `cascade`: every error of ours becomes its four parts and its exit code."""
+    # Dying at once would leave Prefect's embedded server behind, and the trainer without its time to save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         app()
     except CascadeError as error:

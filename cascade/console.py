@@ -93,7 +93,7 @@ FAMILY_COLUMNS = (
     "tokens/s",
     "tokens trained",
     "seconds",
-    "",
+    "state",
 )
 
 
@@ -126,7 +126,7 @@ def family_rows(index: Json) -> list[list[str]]:
                 f"{stage['tokens_per_second']:,.0f}",
                 f"{stage['tokens_trained']:,}",
                 f"{stage['seconds']:,.0f}",
-                "reused" if stage["reused"] else "",
+                "reused" if stage["reused"] else "made",
             ]
         )
     return rows

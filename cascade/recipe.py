@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
+from cascade.importance.method import Method
 from cascade.planning.axes import Axis
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -87,7 +88,11 @@ class Corpus(Section):
         lt=1,
     )
     held_out_tokens: Count = setting(
-        8192, 3, "Evaluated tokens", "At most this many held-out tokens are evaluated.", ge=64
+        8192,
+        3,
+        "Evaluated tokens",
+        "Held-out tokens that are evaluated, rounded up to whole sequences.",
+        ge=64,
     )
 
 
@@ -128,10 +133,19 @@ class Prune(Section):
         lt=1,
     )
     axes: tuple[Axis, ...] = setting(
-        tuple(Axis), 2, "Axes", "The axes that the planner may cut.", min_length=1
+        (),
+        2,
+        "Axes",
+        "What the planner may cut; empty: those of layers, hidden, ffn, kv_groups that the parent allows.",
+    )
+    importance: Method = setting(
+        Method.ACTIVATION,
+        3,
+        "Importance",
+        "How units are scored: activation, taylor (gradients), magnitude (weights), random (the control).",
     )
     calibration_tokens: Count = setting(
-        8192, 3, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+        8192, 4, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
     )
 
     @model_validator(mode="after")
@@ -145,7 +159,7 @@ class Prune(Section):
 class Distill(Section):
     """How the cut model learns to imitate the teacher."""
 
-    tokens: Count = setting(..., 0, "Tokens", "Training tokens of this stage.", ge=1)
+    tokens: Count = setting(..., 0, "Tokens", "Training tokens, rounded up to whole sequences.", ge=1)
     epochs: int = setting(
         1, 1, "Epochs", "How often the corpus may be repeated to reach `tokens`.", ge=1, le=1000
     )
@@ -274,12 +288,24 @@ def validate_recipe(tree: object, *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [describe_problem(problem) for problem in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        # A list whose items are wrong is called too short as well.
+        problems = [
+            describe_problem(problem)
+            for problem in found
+            if problem["type"] != "too_short" or not any(is_within(other, problem) for other in found)
+        ]
         raise InputError(
             "the recipe is wrong:\n" + "\n".join(f"    {problem}" for problem in problems),
             where=where,
             remedy="mend these keys; the recipe reference in README.md lists every key with its unit",
         ) from error
+
+
+def is_within(inner: Any, outer: Any) -> bool:
+    """Whether a pydantic problem lies deeper in the tree, in the same branch."""
+    depth = len(outer["loc"])
+    return len(inner["loc"]) > depth and inner["loc"][:depth] == outer["loc"]
 
 
 def describe_problem(problem: Any) -> str:
@@ -289,6 +315,8 @@ def describe_problem(problem: Any) -> str:
         return f"{path}: unknown key{suggestion(str(problem['loc'][-1]))}"
     if problem["type"] == "missing":
         return f"{path}: required, but missing"
+    if problem["type"] == "int_parsing":
+        return f"{path}: a count such as 8000, 8k, 1.5M or 3B is needed (got {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     return f"{path}: {message}" + ("" if isinstance(value, dict | list) else f" (got {value!r})")

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic_core import PydanticUndefined
 
+from cascade.planning.axes import Axis
 from cascade.recipe import (
     Corpus,
     Distill,
@@ -20,11 +21,12 @@ from cascade.recipe import (
     Teacher,
     load_recipe,
 )
+from tests.architectures import ARCHITECTURES, BOUND, cuts
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DEPLOYMENT = ROOT / "deploy" / "prefect.yaml"
-BEGIN, END = "<!-- recipe reference -->", "<!-- end of the recipe reference -->"
+REFERENCE, DECODERS = "recipe reference", "decoders"
 SECTIONS: dict[str, type[Section]] = {
     "": Recipe,
     "corpus.": Corpus,
@@ -57,10 +59,25 @@ def default_text(value: object) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def with_reference(readme: str) -> str:
-    """The README with the current reference between its marks."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return pattern.sub(lambda match: f"{BEGIN}\n{recipe_reference()}\n{END}", readme)
+def decoder_table() -> str:
+    """A Markdown table of the architectures that are cut in tests, and on which axes."""
+    lines = [f"| architecture | {' | '.join(Axis)} |", "|---" * (len(Axis) + 1) + "|"]
+    for name in ARCHITECTURES:
+        tested = {axis for sizes in cuts(name).values() for axis in sizes}
+        cells = ["yes" if axis in tested else "" for axis in Axis]
+        if name in BOUND:
+            cells[list(Axis).index(Axis.HIDDEN)] = "with heads"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_derived(readme: str) -> str:
+    """The README with the current tables between their marks."""
+    for mark, table in ((REFERENCE, recipe_reference()), (DECODERS, decoder_table())):
+        begin, end = f"<!-- {mark} -->", f"<!-- end of the {mark} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+        readme = pattern.sub(f"{begin}\n{table}\n{end}", readme)
+    return readme
 
 
 def with_parameters(deployment: str) -> str:
@@ -77,7 +94,7 @@ def with_parameters(deployment: str) -> str:
 
 def main() -> None:
     """Write both files anew."""
-    README.write_text(with_reference(README.read_text("utf-8")), "utf-8")
+    README.write_text(with_derived(README.read_text("utf-8")), "utf-8")
     DEPLOYMENT.write_text(with_parameters(DEPLOYMENT.read_text("utf-8")), "utf-8")
 
 

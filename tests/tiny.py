@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TokenizersBackend
 
+from cascade.models.folders import no_progress_bars
+
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -46,28 +48,20 @@ def make_tokenizer() -> TokenizersBackend:
 
 
 def make_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A seeded random decoder of `SIZES` (overridden by `overrides`) in float32, in eval mode.
+    """A seeded random decoder of `SIZES` (overridden by `overrides`, None drops one) in float32, eval mode.
 
     Weights are drawn at four times the initialiser's scale, and gains and biases away from their
     constants, so that logits are far from uniform and every parameter matters to them.
     """
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": 258,
-            "bos_token_id": None,
-            "eos_token_id": 256,
-            "pad_token_id": 257,
-            **SIZES,
-            **overrides,
-        },
-    )
+    ids = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}
+    sizes = {name: value for name, value in {**SIZES, **overrides}.items() if value is not None}
+    config = AutoConfig.for_model(family, **{**ids, **sizes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim == 2:
+                if parameter.ndim >= 2:
                     nn.init.normal_(parameter, std=0.08)
                 else:
                     nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
@@ -76,7 +70,8 @@ def make_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
 
 def make_parent(folder: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
     """Write `make_model` and its byte-level tokenizer as a Hugging Face folder; returns `folder`."""
-    make_model(family, seed=seed, **overrides).save_pretrained(folder)
+    with no_progress_bars():
+        make_model(family, seed=seed, **overrides).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

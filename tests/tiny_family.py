@@ -25,7 +25,7 @@ def tiny_tree(parent: Path, corpus: Path) -> dict[str, Any]:
             {
                 "name": "large",
                 "prune": {"ratio": 0.8, "calibration_tokens": 512},
-                "distill": {"tokens": 4096, "batch_tokens": 256},
+                "distill": {"tokens": 20480, "batch_tokens": 256},
             },
             {
                 "name": "small",

@@ -7,20 +7,27 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 from cascade.architecture import Architecture
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
+from cascade.distillation.states import check_head
 from cascade.errors import InputError
 from cascade.family.graph import Graph, Parent, build_graph
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
 from cascade.family.runner import Outcome
-from cascade.models.decoder import architecture_of
+from cascade.models.decoder import Decoder, decoder_of, empty_model_of
 from cascade.models.sources import load_config, resolve_parent
+from cascade.planning.axes import DEFAULT_AXES, Axis
 from cascade.planning.plan import plan_child
+from cascade.pruning.proof import TOKENS, Proof, proof_of, random_miniature
 from cascade.recipe import Options, Recipe
 from cascade.storage.locations import check_store, open_location
 from cascade.storage.manifest import Manifest
+
+LARGE = 100.0
 
 RunJob = Callable[[Job], Outcome]
 OnIndex = Callable[[Json], None]
@@ -49,24 +56,57 @@ def plan_family(recipe: Recipe, cache: Path) -> Graph:
     Raises InputError for whatever of the recipe cannot be built.
     """
     source = resolve_parent(recipe.parent, trust_remote_code=recipe.trust_remote_code, cache=cache)
-    original = architecture_of(load_config(source), trust_remote_code=recipe.trust_remote_code)
+    model = empty_model_of(load_config(source), trust_remote_code=recipe.trust_remote_code)
     prints = tuple(fingerprint(Source(**source.model_dump())) for source in recipe.corpus.sources)
-    parent = Parent(recipe.parent, source.fingerprint, original)
-    return build_graph(recipe, parent, plan_stages(recipe, original), prints)
+    decoder = decoder_of(model)
+    require_plain_head(decoder)
+    parent = Parent(recipe.parent, source.fingerprint, decoder.architecture)
+    plans = plan_stages(recipe, decoder.architecture, proof_of(decoder))
+    return build_graph(recipe, parent, plans, prints)
 
 
-def plan_stages(recipe: Recipe, original: Architecture) -> tuple[Architecture, ...]:
-    """The architecture of every child; each is no larger than the one before on any axis."""
+def require_plain_head(decoder: Decoder) -> None:
+    """Raise InputError for a parent that could be cut but not distilled, before anything is written."""
+    small = random_miniature(decoder)
+    # A soft cap shows only where logits are large.
+    small.get_output_embeddings().weight.mul_(LARGE)
+    check_head(small, torch.arange(TOKENS))
+
+
+def plan_stages(recipe: Recipe, original: Architecture, proof: Proof) -> tuple[Architecture, ...]:
+    """The architecture of every child; each is no larger than the one before on any axis.
+
+    proof: on which axes the parent can be cut exactly.
+    """
     seed, plans = original, []
     for stage in recipe.stages:
         prune = stage.prune
         try:
-            seed = plan_child(original, seed, parameters=prune.parameters, ratio=prune.ratio, axes=prune.axes)
+            axes = allowed_axes(prune.axes, proof)
+            seed = plan_child(original, seed, parameters=prune.parameters, ratio=prune.ratio, axes=axes)
         except InputError as error:
             error.where = f"stage {stage.name}, {error.where}"
             raise
         plans.append(seed)
     return tuple(plans)
+
+
+def allowed_axes(asked: tuple[Axis, ...], proof: Proof) -> tuple[Axis, ...]:
+    """The axes asked for, or the default ones that the parent allows.
+
+    Raises InputError for one that it does not allow, or if it allows none, with the reason.
+    """
+    refused = [axis for axis in asked or DEFAULT_AXES if axis in proof.refused]
+    allowed = tuple(axis for axis in asked or DEFAULT_AXES if axis not in proof.refused)
+    if allowed and not (asked and refused):
+        return allowed
+    reasons = "; ".join(f"{axis}: {proof.refused[axis]}" for axis in refused)
+    raise InputError(
+        f"the parent cannot be cut exactly: {reasons}",
+        value=", ".join(refused),
+        where="prune.axes",
+        remedy=f"cut other axes: {proof.others()}",
+    )
 
 
 def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = lambda index: None) -> Json:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from cascade.architecture import Architecture
+from cascade.importance.method import Method
 
 # A backward pass costs twice the forward pass (Kaplan et al., 2001.08361, section 2.1).
 TRAINING_FORWARDS = 3
+FORWARDS = {Method.ACTIVATION: 1, Method.TAYLOR: TRAINING_FORWARDS, Method.MAGNITUDE: 0, Method.RANDOM: 0}
+
+
+def importance_flops(model: Architecture, method: Method, context: int) -> int:
+    """One calibration token; none where only weights, or nothing, is looked at."""
+    return FORWARDS[method] * model.forward_flops(context)
 
 
 def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from cascade.architecture import Architecture
-from cascade.family.cost import evaluation_flops, training_flops
+from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Graph, StageNodes, dial
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
@@ -43,9 +43,9 @@ def parent_cost(graph: Graph) -> Cost:
 def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
     """Calibration of the seed, training and two evaluations of the child; two stored checkpoints."""
     recipe, parent, child = graph.recipe, graph.original, stage.architecture
-    length, stored = recipe.corpus.sequence_length, graph.signals is not None
+    length, stored, prune = recipe.corpus.sequence_length, graph.signals is not None, stage.stage.prune
     flops = (
-        stage.stage.prune.calibration_tokens * seed.forward_flops(length)
+        prune.calibration_tokens * importance_flops(seed, prune.importance, length)
         + stage.stage.distill.tokens * training_flops(child, parent, length, stored)
         + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
     )
@@ -103,7 +103,7 @@ def shape_cells(shape: Architecture) -> list[str]:
     return [
         str(shape.layers),
         str(shape.hidden),
-        str(shape.ffn),
+        f"{shape.experts} x {shape.ffn}" if shape.experts else str(shape.ffn),
         f"{shape.heads}/{shape.kv_groups}",
         f"{shape.parameters:,}",
         f"{shape.non_embedding_parameters:,}",

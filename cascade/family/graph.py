@@ -11,6 +11,7 @@ from typing import Any
 from cascade.architecture import Architecture
 from cascade.data import PACKING
 from cascade.distillation.settings import DistillSettings
+from cascade.importance.method import Method
 from cascade.recipe import Prune, Recipe, Signals, Stage
 from cascade.storage.locations import Location
 from cascade.storage.manifest import artifact_key
@@ -183,7 +184,7 @@ def _stage_nodes(
             Kind.IMPORTANCE,
             stage.name,
             recipe.family,
-            {"calibration_tokens": stage.prune.calibration_tokens},
+            importance_section(recipe, stage),
             {"checkpoint": seed, "corpus": measured["corpus"]},
         )
         pruned = Node(
@@ -206,6 +207,13 @@ def _stage_nodes(
         stages.append(StageNodes(stage, architecture, importance, pruned, distilled, evaluated))
         seed = distilled
     return tuple(stages)
+
+
+def importance_section(recipe: Recipe, stage: Stage) -> Section:
+    """How units are scored; the seed only where it matters."""
+    dials = stage.prune
+    section = {"method": dials.importance.value, "calibration_tokens": dials.calibration_tokens}
+    return section | ({"seed": recipe.seed} if dials.importance is Method.RANDOM else {})
 
 
 def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Section:

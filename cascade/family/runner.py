@@ -84,7 +84,8 @@ class NodeHost:
         return self._process
 
     def _make(self, job: Job, process: subprocess.Popen[str], report: Report) -> None:
-        done, error, words = _listen(process, report, stays=job.kind in LIGHT)
+        with no_stop_lost(process):
+            done, error, words = _listen(process, report, stays=job.kind in LIGHT)
         if error:
             raise error
         if done:
@@ -188,6 +189,37 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
     if stream is None:
         raise ValueError("the process was started without pipes")
     return stream
+
+
+@contextmanager
+def no_stop_lost(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Raise after the block a request to stop that a finaliser swallowed; the process is stopped at once.
+
+    SIGTERM and SIGINT raise wherever the main thread happens to be, and Python drops what is raised inside a
+    finaliser ("Exception ignored in ..."): the build would go on. Handlers of our own would not do, because
+    Prefect acknowledges a cancel only while its own is installed.
+    """
+    swallowed: list[BaseException] = []
+    before = sys.unraisablehook
+
+    def on_unraisable(event: Any) -> None:
+        error = event.exc_value
+        if error is None or isinstance(error, Exception):
+            before(event)
+            return
+        swallowed.append(error)
+        _signal_group(process, signal.SIGTERM)
+        killer = threading.Timer(KILL_SECONDS, _signal_group, (process, signal.SIGKILL))
+        killer.daemon = True
+        killer.start()
+
+    sys.unraisablehook = on_unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+    if swallowed:
+        raise swallowed[0]
 
 
 def _listen(

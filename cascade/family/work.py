@@ -24,14 +24,15 @@ from cascade.distillation.states import head_of
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
-from cascade.family.cost import evaluation_flops, training_flops
+from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Kind
 from cascade.family.workplace import Result, Workplace
-from cascade.importance.calibration import calibrate
+from cascade.importance.method import Method
+from cascade.importance.scores import score
 from cascade.models.decoder import decoder_of
 from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
 from cascade.models.sources import ParentSource, load_model, load_tokenizer, resolve_parent
-from cascade.pruning.surgery import prune
+from cascade.pruning.prune import prune
 from cascade.storage.checkpoints import TrainingCheckpoints
 
 SCORES = "scores.safetensors"
@@ -109,20 +110,22 @@ def make_signals(place: Workplace) -> Result:
 
 
 def make_importance(place: Workplace) -> Result:
-    """One calibration pass over the checkpoint that is to be cut."""
-    corpus = place.corpus()
-    rows = min(rows_of(place.job.section["calibration_tokens"], corpus.sequence_length), len(corpus.train))
+    """Scores of the checkpoint that is to be cut, for most methods by one calibration pass."""
+    corpus, section = place.corpus(), place.job.section
+    rows = min(rows_of(section["calibration_tokens"], corpus.sequence_length), len(corpus.train))
     model = read_only(place, "checkpoint")
-    scores = calibrate(model, corpus.train[:rows], report=place.report)
-    save_file({name: score.contiguous() for name, score in scores.items()}, place.folder / SCORES)
-    tokens = rows * corpus.sequence_length
-    return Result({}, tokens, tokens * shape_of(model).forward_flops(corpus.sequence_length))
+    method, seed = Method(section["method"]), section.get("seed", 0)
+    scores = score(model, corpus.train[:rows], method, seed=seed, report=place.report)
+    save_file({name: values.contiguous() for name, values in scores.items()}, place.folder / SCORES)
+    flops = importance_flops(shape_of(model), method, corpus.sequence_length)
+    tokens = rows * corpus.sequence_length if flops else 0
+    return Result({}, tokens, tokens * flops)
 
 
 def make_pruned(place: Workplace) -> Result:
     """Cut the checkpoint to the planned architecture."""
     folder, trust = place.input("checkpoint"), place.job.options.trust_remote_code
-    target = Architecture(**place.job.section["architecture"])
+    target = Architecture.from_record(place.job.section["architecture"])
     model = load_folder(folder, trust_remote_code=trust)
     child, kept = prune(model, target, load_file(place.input("importance") / SCORES))
     save_model(child, load_folder_tokenizer(folder, trust), place.folder)

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError
-from cascade.importance.probes import AttentionProbe, FfnProbe, HiddenProbe, Probe, StreamProbe
+from cascade.importance.probes import AttentionProbe, ExpertProbe, FfnProbe, HiddenProbe, Probe, StreamProbe
 from cascade.models.decoder import Decoder, decoder_of
-from cascade.planning.axes import Axis
 from cascade.report import SILENT, Report
 
 Scores = dict[str, Tensor]
@@ -22,11 +21,30 @@ def calibrate(model: PreTrainedModel, rows: Tensor, *, batch: int = 4, report: R
     """Score what each axis could lose; larger means keep.
 
     rows: token ids [N, T] of any integer type, without padding; batch: rows in one forward pass. Returns
-    float32 tensors on the CPU by `Axis` value: layers [L], hidden [D], ffn [L, F], kv_groups [L, G].
+    float32 tensors on the CPU by `Axis` value: layers [L], hidden [D], ffn [L, F], kv_groups [L, G],
+    heads_per_group [L, G, q]; with experts ffn [L, E, F] and experts [L, E].
 
     Memory does not grow with N: the probes keep one sum per score. The LM head is not run. Raises
     InputError for no rows, and for activations that are not finite, naming the layer.
     """
+    require_rows(rows)
+    decoder = decoder_of(model)
+    stream = StreamProbe(decoder)
+    ffn = ExpertProbe(decoder) if decoder.anatomy.router else FfnProbe(decoder)
+    probes: list[Probe] = [stream, HiddenProbe(decoder), ffn, AttentionProbe(decoder)]
+    done = 0
+    with attached(probes), evaluating(model):
+        for batch_BT in rows.split(batch):
+            decoder.model.base_model(input_ids=batch_BT.long().to(model.device), use_cache=False)
+            require_finite(stream, decoder)
+            done += batch_BT.numel()
+            report.progress(done, rows.numel(), "tokens")
+    found = [score for probe in probes for score in probe.scores(done).items()]
+    return {axis.value: score.float().cpu() for axis, score in found}
+
+
+def require_rows(rows: Tensor) -> None:
+    """Raise InputError when there is nothing to calibrate on."""
     if rows.numel() == 0:
         raise InputError(
             "there are no tokens to calibrate on",
@@ -34,22 +52,6 @@ def calibrate(model: PreTrainedModel, rows: Tensor, *, batch: int = 4, report: R
             where="calibration",
             remedy="add text to the corpus or raise `calibration_tokens`",
         )
-    decoder = decoder_of(model)
-    stream = StreamProbe(decoder)
-    probes: dict[Axis, Probe] = {
-        Axis.LAYERS: stream,
-        Axis.HIDDEN: HiddenProbe(decoder),
-        Axis.FFN: FfnProbe(decoder),
-        Axis.KV_GROUPS: AttentionProbe(decoder),
-    }
-    done = 0
-    with attached(list(probes.values())), evaluating(model):
-        for batch_BT in rows.split(batch):
-            decoder.model.base_model(input_ids=batch_BT.long().to(model.device), use_cache=False)
-            require_finite(stream, decoder)
-            done += batch_BT.numel()
-            report.progress(done, rows.numel(), "tokens")
-    return {axis.value: (probe.scores(done)).float().cpu() for axis, probe in probes.items()}
 
 
 def require_finite(stream: StreamProbe, decoder: Decoder) -> None:

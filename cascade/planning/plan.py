@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from cascade.architecture import Architecture
 from cascade.errors import InputError
-from cascade.planning.axes import Axis
+from cascade.planning.axes import DEFAULT_AXES, Axis
 from cascade.planning.budget import Budget, resolve_budget
 from cascade.planning.cost import cost_of_cuts
 from cascade.planning.shapes import Space
@@ -22,7 +22,7 @@ def plan_child(
     *,
     parameters: int | None = None,
     ratio: float | None = None,
-    axes: Collection[Axis] = tuple(Axis),
+    axes: Collection[Axis] = DEFAULT_AXES,
 ) -> Architecture:
     """The architecture of a child that is cut from `seed`, which itself was cut from `original`.
 
@@ -80,8 +80,9 @@ def unreachable(space: Space, budget: Budget) -> InputError:
 
 def describe(architecture: Architecture) -> str:
     """One line for a person: every size and the count that follows."""
+    experts = f"{architecture.experts} experts with " if architecture.experts else ""
     return (
-        f"{architecture.layers} layers, hidden {architecture.hidden}, FFN {architecture.ffn}, "
+        f"{architecture.layers} layers, hidden {architecture.hidden}, {experts}FFN {architecture.ffn}, "
         f"{architecture.heads} heads in {architecture.kv_groups} KV groups of size {architecture.head_size}, "
         f"{'tied' if architecture.tied else 'untied'}: {architecture.parameters:,} parameters"
     )

@@ -23,18 +23,33 @@ class Space:
     axes: tuple[Axis, ...]
 
     def bodies(self) -> Iterator[Architecture]:
-        """All legal combinations of layers, KV groups and hidden size, with the seed's FFN."""
-        seed = self.seed
-        depths = range(seed.layers, 0, -1) if Axis.LAYERS in self.axes else (seed.layers,)
-        groups = range(seed.kv_groups, 0, -1) if Axis.KV_GROUPS in self.axes else (seed.kv_groups,)
-        for kv_groups in groups:
-            for hidden in self.hidden_sizes(kv_groups * seed.heads_per_group):
-                for layers in depths:
-                    yield replace(seed, layers=layers, kv_groups=kv_groups, hidden=hidden)
+        """All legal combinations of the other sizes, with the seed's FFN."""
+        for kv_groups in self.sizes(Axis.KV_GROUPS):
+            for per_group in self.sizes(Axis.HEADS_PER_GROUP):
+                for hidden in self.hidden_sizes(kv_groups * per_group):
+                    for layers in self.sizes(Axis.LAYERS):
+                        for experts in self.sizes(Axis.EXPERTS):
+                            yield replace(
+                                self.seed,
+                                layers=layers,
+                                kv_groups=kv_groups,
+                                heads_per_group=per_group,
+                                hidden=hidden,
+                                experts=experts,
+                            )
+
+    def sizes(self, axis: Axis) -> range:
+        """Sizes from the seed's downwards, on an axis without steps; of experts no fewer than are active."""
+        size = axis.size(self.seed)
+        least = self.seed.counts.active_experts if axis is Axis.EXPERTS else 1
+        return range(size, least - 1, -1) if axis in self.axes else range(size, size + 1)
 
     def hidden_sizes(self, heads: int) -> list[int]:
         """Legal hidden sizes of a child with `heads` query heads; maybe none, see `hidden_step`."""
         seed, sizes = self.seed, [self.seed.hidden]
+        if seed.counts.bound:
+            own = heads * seed.head_size
+            return [own] if own == seed.hidden or Axis.HIDDEN in self.axes else []
         if Axis.HIDDEN in self.axes:
             sizes = multiples(hidden_step(self.original, heads), seed.hidden)
         undivided = self.original.hidden % self.original.heads != 0

@@ -11,30 +11,30 @@ from transformers.initialization import no_init_weights
 
 from cascade.architecture import Architecture
 from cascade.errors import CascadeError
-from cascade.models.decoder import Decoder, find_parts
+from cascade.models import configs
+from cascade.models.anatomy import Anatomy
+from cascade.models.decoder import Decoder, decoder_with
+from cascade.models.norms import NormKind
 
 
-def child_config(config: PreTrainedConfig, target: Architecture, layers: Sequence[int]) -> PreTrainedConfig:
+def child_config(decoder: Decoder, target: Architecture, layers: Sequence[int]) -> PreTrainedConfig:
     """A copy of the parent's config with the sizes of `target`; `layers` are the parent's layers that stay.
 
-    Per-layer lists (`layer_types`, `no_rope_layers`, ...) keep the entries of those layers. RMSNorm's
-    epsilon is scaled by D / D', see `folded_gain` in `cascade.pruning.surgery`.
+    RMSNorm's epsilon is scaled by D / D', see `cascade.pruning.rescaling`.
     """
-    child = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
-            setattr(child, name, [value[layer] for layer in layers])
-    child.num_hidden_layers = target.layers
-    child.rms_norm_eps = config.rms_norm_eps * config.hidden_size / target.hidden
-    child.hidden_size = target.hidden
-    child.intermediate_size = target.ffn
-    child.num_attention_heads = target.heads
-    child.num_key_value_heads = target.kv_groups
-    # Configs derive it from the two sizes above where it is not stated, and both have changed.
-    child.head_dim = target.head_size
+    parent = decoder.model.config
+    child = configs.resized(parent, target, decoder.anatomy.form, layers)
+    if has_rms_norms(decoder.anatomy):
+        for field in configs.present(parent, configs.EPSILON_FIELDS):
+            setattr(child, field, getattr(parent, field) * decoder.architecture.hidden / target.hidden)
     child.tie_word_embeddings = target.tied
     child.name_or_path = ""
     return child
+
+
+def has_rms_norms(anatomy: Anatomy) -> bool:
+    """Whether the norms of the class are RMSNorms."""
+    return any(kind is not NormKind.LAYER for kind in anatomy.outer_norms.values())
 
 
 def empty_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -47,26 +47,35 @@ def empty_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 def build_child(
     parent: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """A fresh model of the parent's class with exactly the tensors of `state`.
+    """A fresh model of the parent's class with exactly the tensors of `state`, one for each parameter.
 
-    state: every entry of the parent's state dict, sliced. Tied embeddings are one tensor again: slicing
-    re-creates parameters, and two copies would drift apart with the first optimiser step.
+    Tied embeddings are one tensor again: slicing re-creates parameters, and two copies would drift apart
+    with the first optimiser step. Raises CascadeError for a parameter that `state` lacks or has too much.
     """
     child = empty_model(parent, config)
-    child.load_state_dict(state, strict=True, assign=True)
+    child.load_state_dict(state, strict=False, assign=True)
     child.tie_weights()
+    names = {name for name, _ in child.named_parameters()}
+    if names != set(state):
+        raise CascadeError(
+            "the cut does not fill the child",
+            value=", ".join(sorted(names ^ set(state))[:3]),
+            where="pruning",
+            remedy="report this as a bug, with the parent's config.json",
+        )
     child.generation_config = copy.deepcopy(parent.generation_config)
     return child
 
 
-def require_shape(child: PreTrainedModel, target: Architecture) -> Decoder:
+def require_shape(child: PreTrainedModel, anatomy: Anatomy, target: Architecture) -> Decoder:
     """The child's parts; raises CascadeError unless its shape, count and tying are those of the plan."""
-    decoder = find_parts(child)
-    if decoder.architecture != target:
+    decoder = decoder_with(child, anatomy)
+    counted = sum(parameter.numel() for parameter in child.parameters())
+    if decoder.architecture != target or counted != target.parameters:
         raise CascadeError(
             "the pruned model is not what was planned",
-            value=decoder.architecture,
-            where=f"planned: {target}",
+            value=f"{counted} parameters, {decoder.architecture}",
+            where=f"planned: {target.parameters}, {target}",
             remedy="report this as a bug, with the parent's config.json",
         )
     return decoder

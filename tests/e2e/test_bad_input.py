@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import cli
+from tests.e2e.conftest import Command
+from tests.tiny import make_parent
 from tests.tiny_family import tiny_tree, write_recipe
 
 Tree = dict[str, Any]
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Run `cascade` in this process; returns its exit code and what it said."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["cascade", *arguments])
-        monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.err + captured.out
-
-    return run
 
 
 def unknown_key(tree: Tree, folder: Path) -> list[str]:
@@ -96,7 +80,19 @@ def pickled_parent(tree: Tree, folder: Path) -> list[str]:
     return ["pytorch_model.bin", "safetensors"]
 
 
+def capped_logits(tree: Tree, folder: Path) -> list[str]:
+    tree["parent"] = str(make_parent(folder / "gemma2", "gemma2", final_logit_softcapping=500.0))
+    return ["the LM head of gemma2", "soft cap"]
+
+
+def scaled_logits(tree: Tree, folder: Path) -> list[str]:
+    tree["parent"] = str(make_parent(folder / "granite", "granite", logits_scaling=2.0))
+    return ["the LM head of granite"]
+
+
 CASES = [
+    capped_logits,
+    scaled_logits,
     unknown_key,
     child_not_smaller,
     budget_below_the_embeddings,

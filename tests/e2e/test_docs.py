@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -14,7 +13,8 @@ import pytest
 import yaml
 
 from cascade.recipe import load_recipe, validate_recipe
-from tests.docs import DEPLOYMENT, README, ROOT, with_parameters, with_reference
+from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
+from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
 
 # Run elsewhere, for the reason given.
@@ -42,48 +42,45 @@ def commands() -> list[str]:
 
 def test_the_reference_and_the_deployment_are_current() -> None:
     readme, deployment = README.read_text("utf-8"), DEPLOYMENT.read_text("utf-8")
-    assert with_reference(readme) == readme, "run: python -m tests.docs"
+    assert with_derived(readme) == readme, "run: python -m tests.docs"
     assert with_parameters(deployment) == deployment, "run: python -m tests.docs"
 
 
-def test_the_recipe_in_the_readme_is_the_packaged_one_but_for_its_last_stage() -> None:
+def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
     (text,) = blocks("yaml")
-    shown = validate_recipe(yaml.safe_load(text), where="README.md")
-    assert shown.stages[0].distill == load_recipe("quickstart").stages[0].distill
-    assert shown.parent == load_recipe("quickstart").parent
+    shown, packaged = validate_recipe(yaml.safe_load(text), where="README.md"), load_recipe("quickstart")
+    assert (shown.parent, shown.corpus.sources) == (packaged.parent, packaged.corpus.sources)
+    for stage, full in zip(shown.stages, packaged.stages, strict=False):
+        assert (stage.name, stage.distill, stage.prune.ratio) == (full.name, full.distill, full.prune.ratio)
 
 
 def test_every_command_is_either_run_here_or_named_as_run_elsewhere(
-    tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, s3: str, prefect_server: str
+    tiny_parent: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    s3: str,
+    prefect_server: str,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tree = tiny_tree(tiny_parent, tiny_corpus) | {"family": "quickstart"}
     tree["stages"] = tree["stages"][:1]
     # A file of this name is taken before the packaged recipe, so the commands run exactly as printed.
     for name in ("quickstart", "RECIPE.yaml"):
         write_recipe(tmp_path / name, tree)
-    environment = {**os.environ, "CASCADE_CACHE": str(tmp_path / "cache"), "PREFECT_API_URL": prefect_server}
+    monkeypatch.chdir(tmp_path)
     ran = 0
-    for command in commands():
-        if command in ELSEWHERE:
+    for line in commands():
+        if line in ELSEWHERE:
             continue
-        assert command.startswith("cascade "), f"nobody runs this: {command}"
-        words = shlex.split(command.replace("s3://bucket/prefix", s3))[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "cascade.cli", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert line.startswith("cascade "), f"nobody runs this: {line}"
+        code, said = command(*shlex.split(line.replace("s3://bucket/prefix", s3))[1:])
+        assert code == 0, f"{line}\n{said}"
         ran += 1
     assert ran >= 5
     (snippet,) = blocks("python")
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", snippet],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-W", "error::UserWarning", "-c", snippet], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

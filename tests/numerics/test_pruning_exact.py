@@ -1,95 +1,121 @@
-"""A child is exactly its parent with the removed units masked: every axis, every supported family."""
+"""A child is exactly its parent with the removed units masked: every axis of every architecture."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from cascade.architecture import Architecture
 from cascade.models.decoder import decoder_of
-from cascade.pruning.surgery import prune
+from cascade.pruning.prune import prune
+from cascade.pruning.selection import score_shapes
+from tests.architectures import ARCHITECTURES, cuts, tiny
 from tests.numerics.masking import masked
 from tests.tiny import make_model
 
 # A large epsilon, so that folding it wrongly is far outside the tolerance.
-EPSILON = 0.05
+EPSILON = {"rms_norm_eps": 0.05, "layer_norm_eps": 0.05, "layer_norm_epsilon": 0.05, "norm_epsilon": 0.05}
 TOLERANCE = 1e-4
-PARENTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
-    "llama-one-query-per-group": {"num_key_value_heads": 4},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {},
-    "qwen3-untied": {"tie_word_embeddings": False, "attention_bias": True},
-    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
-}
-CUTS: dict[str, dict[str, int]] = {
-    "layers": {"layers": 2},
-    "hidden": {"hidden": 40},
-    "ffn": {"ffn": 72},
-    "kv_groups": {"kv_groups": 1},
-    "all": {"layers": 3, "hidden": 40, "ffn": 72, "kv_groups": 1},
-    "none": {},
-}
+CASES = [(name, cut) for name in ARCHITECTURES for cut in cuts(name)]
+# Runs alone, with nothing of ours: load every folder, compare its logits with those beside it.
+FRESH = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=expected["tokens"]).logits
+    found[folder.name] = {
+        "difference": (logits - expected["logits"]).abs().max().item(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+print(json.dumps(found))
+"""
 
 
 def parent(name: str) -> PreTrainedModel:
-    return make_model(name.partition("-")[0], **{"rms_norm_eps": EPSILON, **PARENTS[name]})
+    known = tiny(name).config.to_dict()
+    return tiny(name, **{field: value for field, value in EPSILON.items() if field in known})
 
 
 def random_scores(model: PreTrainedModel) -> dict[str, Tensor]:
     """Scores without order, so that what stays is scattered and differs from layer to layer."""
-    shape, draw = decoder_of(model).architecture, torch.Generator().manual_seed(5)
-    sizes = {
-        "layers": (shape.layers,),
-        "hidden": (shape.hidden,),
-        "ffn": (shape.layers, shape.ffn),
-        "kv_groups": (shape.layers, shape.kv_groups),
-    }
-    return {axis: torch.rand(size, generator=draw) for axis, size in sizes.items()}
+    draw = torch.Generator().manual_seed(5)
+    shapes = score_shapes(decoder_of(model).architecture)
+    return {axis.value: torch.rand(shape, generator=draw) for axis, shape in shapes.items()}
 
 
 def tokens() -> Tensor:
     return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
 
 
-def reloaded(child: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    child.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def cut(model: PreTrainedModel, sizes: dict[str, int]) -> tuple[PreTrainedModel, Any, Architecture]:
+    changed: dict[str, Any] = dict(sizes)
+    target = replace(decoder_of(model).architecture, **changed)
+    return *prune(model, target, random_scores(model)), target
 
 
-@pytest.mark.parametrize(
-    ("name", "cut"),
-    [(name, cut) for name in ("llama", "mistral", "qwen2", "qwen3") for cut in CUTS]
-    + [(name, "all") for name in PARENTS if name not in ("llama", "mistral", "qwen2", "qwen3")],
-)
-def test_child_is_the_masked_parent_after_save_and_load(name: str, cut: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """What a fresh process measures on every child, by architecture and cut."""
+    root = tmp_path_factory.mktemp("children")
+    for name in ARCHITECTURES:
+        model = parent(name)
+        for which, sizes in cuts(name).items():
+            child, kept, _ = cut(model, sizes)
+            folder = root / f"{name}, {which}"
+            child.save_pretrained(folder)
+            with torch.no_grad(), masked(model, kept):
+                logits = model(input_ids=tokens()).logits
+            save_file({"tokens": tokens(), "logits": logits}, folder / "expected.safetensors")
+    done = subprocess.run([sys.executable, "-I", "-c", FRESH, str(root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(("name", "which"), CASES)
+def test_child_is_the_masked_parent_in_a_fresh_process(
+    name: str, which: str, fresh: dict[str, dict[str, float]]
+) -> None:
+    measured = fresh[f"{name}, {which}"]
+    changed: dict[str, Any] = dict(cuts(name)[which])
+    target = replace(decoder_of(parent(name)).architecture, **changed)
+    assert measured["difference"] <= TOLERANCE
+    assert measured["parameters"] == target.parameters
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_cut_matters_and_parameters_are_counted_exactly(name: str) -> None:
     model = parent(name)
-    target = replace(decoder_of(model).architecture, **CUTS[cut])
-    child, kept = prune(model, target, random_scores(model))
-    loaded = reloaded(child, tmp_path)
-    with torch.no_grad(), masked(model, kept):
-        expected = model(input_ids=tokens()).logits
     with torch.no_grad():
-        found = loaded(input_ids=tokens()).logits
-    assert expected.std() > 0.1
-    assert (found - expected).abs().max() <= TOLERANCE
-    assert sum(parameter.numel() for parameter in loaded.parameters()) == target.parameters
-    assert decoder_of(loaded).architecture == target
+        whole = model(input_ids=tokens()).logits
+        assert whole.std() > 0.1
+        for sizes in cuts(name).values():
+            _, kept, target = cut(model, sizes)
+            assert target.parameters < decoder_of(model).architecture.parameters
+            with masked(model, kept):
+                assert (model(input_ids=tokens()).logits - whole).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cached_generation_is_that_of_the_masked_parent(name: str) -> None:
     model = parent(name)
-    target = replace(decoder_of(model).architecture, **CUTS["all"])
-    child, kept = prune(model, target, random_scores(model))
+    child, kept, _ = cut(model, cuts(name)["all"])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = child.generate(tokens()[:, :6], use_cache=True, **options)
     assert torch.equal(cached, child.generate(tokens()[:, :6], use_cache=False, **options))
@@ -100,22 +126,31 @@ def test_cached_generation_is_that_of_the_masked_parent(name: str) -> None:
 def test_a_cut_of_a_cut_is_still_exact() -> None:
     """Stages cut what earlier stages cut: gains and epsilon are folded twice."""
     model = parent("qwen3")
-    shape = decoder_of(model).architecture
-    first, _ = prune(model, replace(shape, hidden=56, layers=3), random_scores(model))
-    second, kept = prune(first, replace(shape, hidden=40, layers=2, ffn=64), random_scores(first))
+    first, _, _ = cut(model, {"hidden": 56, "layers": 3})
+    second, kept, _ = cut(first, {"hidden": 40, "layers": 2, "ffn": 64})
     with torch.no_grad(), masked(first, kept):
         expected = first(input_ids=tokens()).logits
     with torch.no_grad():
         assert (second(input_ids=tokens()).logits - expected).abs().max() <= TOLERANCE
 
 
-def test_the_reference_notices_one_wrong_channel() -> None:
+@pytest.mark.parametrize(
+    "options", [{"tie_word_embeddings": False, "mlp_bias": True}, {"num_key_value_heads": 4}]
+)
+def test_llamas_with_other_options(options: dict[str, Any]) -> None:
+    model = make_model("llama", attention_bias=True, **options)
+    child, kept, _ = cut(model, {"layers": 3, "hidden": 40, "ffn": 72, "kv_groups": 1})
+    with torch.no_grad(), masked(model, kept):
+        expected = model(input_ids=tokens()).logits
+    with torch.no_grad():
+        assert (child(input_ids=tokens()).logits - expected).abs().max() <= TOLERANCE
+
+
+def test_the_reference_notices_one_wrong_neuron() -> None:
     """The tolerance would prove nothing if a wrong index stayed below it."""
     model = parent("llama")
-    target = replace(decoder_of(model).architecture, ffn=72)
-    child, kept = prune(model, target, random_scores(model))
-    missing = next(neuron for neuron in range(128) if neuron not in kept["ffn"][0])
-    kept["ffn"][0][0] = missing
+    child, kept, _ = cut(model, {"ffn": 72})
+    kept["ffn"][0][0] = next(neuron for neuron in range(128) if neuron not in kept["ffn"][0])
     with torch.no_grad(), masked(model, kept):
         expected = model(input_ids=tokens()).logits
     with torch.no_grad():

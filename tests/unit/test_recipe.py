@@ -30,10 +30,12 @@ def test_counts_take_decimal_multiples(text: str, count: int) -> None:
 @pytest.mark.parametrize("text", ["20K", "k", "-5k", "1e6k", ""])
 def test_other_counts_are_left_for_the_validator_to_refuse(text: str) -> None:
     assert parse_count(text) == text
-    with pytest.raises(InputError, match="tokens"):
+    with pytest.raises(InputError, match=r"tokens: a count such as 8000, 8k") as caught:
         validate_recipe(
             tree(stages=[{**stage("a", {"ratio": 0.5}), "distill": {"tokens": text}}]), where="test"
         )
+    # The list of stages is not called too short as well.
+    assert len(caught.value.what.splitlines()) == 2
 
 
 def test_a_source_may_be_a_plain_path() -> None:

@@ -6,16 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cascade.architecture import Architecture
 from cascade.family.graph import Graph, Kind, Node, Parent, build_graph
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
 from tests.tiny_family import tiny_tree
+from tests.unit.planning.shapes import TINY
 
-SHAPE = Architecture(
-    layers=4, hidden=64, ffn=128, kv_groups=2, heads_per_group=2, head_size=16, vocabulary=258, tied=True
-)
-PLANS = (replace(SHAPE, layers=3), replace(SHAPE, layers=2))
+PLANS = (replace(TINY, layers=3), replace(TINY, layers=2))
 
 
 def graph(
@@ -23,7 +20,7 @@ def graph(
 ) -> Graph:
     tree = tiny_tree(Path("parent"), Path("corpus.jsonl")) | changes
     recipe = Recipe.model_validate(tree)
-    return build_graph(recipe, Parent(parent, fingerprint, SHAPE), PLANS, (source,))
+    return build_graph(recipe, Parent(parent, fingerprint, TINY), PLANS, (source,))
 
 
 def keys(graph: Graph) -> dict[str, str]:

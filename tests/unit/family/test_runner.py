@@ -178,6 +178,47 @@ def test_a_second_interrupt_ends_the_waiting_but_not_the_killing(monkeypatch: py
     assert not alive(pids[0])
 
 
+class Swallowing(Recorder):
+    """Is asked to stop while Python runs a finaliser, which drops what it raises."""
+
+    def __init__(self, request: BaseException) -> None:
+        super().__init__()
+        self.request = request
+
+    def log(self, message: str) -> None:
+        class Finalised:
+            def __del__(inner) -> None:
+                raise self.request
+
+        Finalised()
+
+
+@pytest.mark.parametrize("request_to_stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_request_to_stop_is_not_lost_in_a_finaliser(
+    run_script: RunScript, request_to_stop: BaseException
+) -> None:
+    script = """
+        import time
+        print('{"event": "log", "message": "hello"}', flush=True)
+        time.sleep(600)
+    """
+    started = time.monotonic()
+    with pytest.raises(type(request_to_stop)):
+        run_script(script, Swallowing(request_to_stop))
+    assert time.monotonic() - started < 60
+
+
+def test_other_errors_of_finalisers_are_shown_and_stop_nothing(
+    run_script: RunScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[BaseException] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: shown.append(event.exc_value))
+    error = ValueError("not important")
+    with pytest.raises(CascadeError, match="published nothing"):
+        run_script("""print('{"event": "log", "message": "hello"}', flush=True)""", Swallowing(error))
+    assert shown == [error]
+
+
 def test_a_node_has_time_to_end_itself_before_it_is_killed() -> None:
     # Prefect kills the flow's process 30 s after a cancel.
     assert STOP_SECONDS < runner.KILL_SECONDS < 30

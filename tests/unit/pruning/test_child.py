@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from cascade.errors import CascadeError, InputError
 from cascade.importance.calibration import calibrate
 from cascade.models.decoder import decoder_of
 from cascade.pruning.child import child_config, require_shape
-from cascade.pruning.surgery import prune
+from cascade.pruning.prune import prune
 from tests.tiny import make_model
 
 CUT = {"layers": 3, "hidden": 40, "ffn": 72, "kv_groups": 1}
@@ -66,9 +66,8 @@ def test_kept_layers_are_numbered_anew_and_keep_their_types() -> None:
 
 def test_lists_that_are_not_per_layer_are_kept_whole() -> None:
     model = make_model("llama", eos_token_id=[1, 2, 3, 4])
-    config = child_config(
-        model.config, replace(decoder_of(model).architecture, layers=2, hidden=40, ffn=8), [0, 3]
-    )
+    decoder = decoder_of(model)
+    config = child_config(decoder, replace(decoder.architecture, layers=2, hidden=40, ffn=8), [0, 3])
     assert config.eos_token_id == [1, 2, 3, 4]
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 40, 8)
 
@@ -108,13 +107,13 @@ def test_the_same_cut_twice_gives_the_same_bytes() -> None:
 
 def test_a_child_that_is_not_the_planned_one_is_refused() -> None:
     model = make_model("llama")
-    planned = replace(decoder_of(model).architecture, ffn=64)
+    decoder = decoder_of(model)
     with pytest.raises(CascadeError, match="not what was planned"):
-        require_shape(model, planned)
+        require_shape(model, decoder.anatomy, replace(decoder.architecture, ffn=64))
 
 
 def test_decoders_that_are_not_understood_are_refused() -> None:
-    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
+    model = AutoModelForCausalLM.from_config(MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=32))
     shape = decoder_of(make_model("llama")).architecture
     with pytest.raises(InputError, match="cannot be pruned"):
         prune(model, shape, {})
