@@ -1,46 +1,104 @@
-"""The calibration pass: every axis is scored while the tokens stream through the model once."""
+"""The calibration pass: every statistic of every axis is measured while the tokens stream through once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError
-from cascade.importance.probes import AttentionProbe, ExpertProbe, FfnProbe, HiddenProbe, Probe, StreamProbe
+from cascade.importance.agreement import agreements
+from cascade.importance.drops import DropProbe, require_lengths
+from cascade.importance.experts import ExpertFfnProbe
+from cascade.importance.probes import AttentionProbe, FfnProbe, HiddenProbe, Probe, RouterProbe
+from cascade.importance.streams import Streams
 from cascade.models.decoder import Decoder, decoder_of
 from cascade.report import SILENT, Report
 
-Scores = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, before `scores_of` decides by it.
+
+    statistics: float32 on the CPU, ready for safetensors. agreement: by the name of a width statistic, the
+    share of units on which the even and the odd rows agree (see `cascade.importance.agreement`); empty where
+    there was one row only. tokens: that activations were measured on; 0 for methods that look at none.
+    """
+
+    statistics: dict[str, Tensor]
+    agreement: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
 
 
-def calibrate(model: PreTrainedModel, rows: Tensor, *, batch: int = 4, report: Report = SILENT) -> Scores:
-    """Score what each axis could lose; larger means keep.
+def calibrate(
+    model: PreTrainedModel,
+    rows: Tensor,
+    *,
+    drops: Collection[int] = (),
+    batch: int = 4,
+    report: Report = SILENT,
+) -> Calibration:
+    """Measure what each axis could lose; of every statistic larger means keep.
 
-    rows: token ids [N, T] of any integer type, without padding; batch: rows in one forward pass. Returns
-    float32 tensors on the CPU by `Axis` value: layers [L], hidden [D], ffn [L, F], kv_groups [L, G],
-    heads_per_group [L, G, q]; with experts ffn [L, E, F] and experts [L, E].
+    rows: token ids [N, T] of any integer type, without padding; batch: rows in one forward pass; always
+    one where there are experts. The statistics:
 
-    Memory does not grow with N: the probes keep one sum per score. The LM head is not run. Raises
-    InputError for no rows, and for activations that are not finite, naming the layer.
+    - layers.block_influence, layers.norm_ratio [L+1, L+1]: entry (i, j), i < j, compares the stream before
+      layer i with that before layer j, as if layers i..j-1 were dropped; NaN elsewhere;
+    - layers.perplexity, layers.logit_mse [L+1, L+1]: the same from really dropping them, for the block
+      lengths in `drops` (`Scoring.drops` says which are needed);
+    - hidden.A [D], ffn.A [L, F], kv_groups.A [L, G], heads_per_group.A [L, G, q] for every `Aggregation` A;
+    - with experts experts.probability [L, E], and ffn.A [L, E, F].
+
+    Memory does not grow with N: sums are kept, and the streams of one batch. The LM head is run only for
+    `drops`. Raises InputError for no rows, for lengths that cannot be dropped, and for activations that are
+    not finite, naming the layer.
     """
     require_rows(rows)
     decoder = decoder_of(model)
-    stream = StreamProbe(decoder)
-    ffn = ExpertProbe(decoder) if decoder.anatomy.router else FfnProbe(decoder)
-    probes: list[Probe] = [stream, HiddenProbe(decoder), ffn, AttentionProbe(decoder)]
+    length = rows.shape[1]
+    require_lengths(drops, len(decoder.layers), length)
+    streams, probes = Streams(decoder), width_probes(decoder)
+    dropped = DropProbe(decoder, streams, drops)
     done = 0
-    with attached(probes), evaluating(model):
-        for batch_BT in rows.split(batch):
-            decoder.model.base_model(input_ids=batch_BT.long().to(model.device), use_cache=False)
-            require_finite(stream, decoder)
-            done += batch_BT.numel()
-            report.progress(done, rows.numel(), "tokens")
-    found = [score for probe in probes for score in probe.scores(done).items()]
-    return {axis.value: score.float().cpu() for axis, score in found}
+    with evaluating(model):
+        for batch_BT in rows.split(1 if decoder.anatomy.router else batch):
+            ids_BT = batch_BT.long().to(model.device)
+            measure(decoder, ids_BT, done, streams, probes)
+            dropped.add(ids_BT)
+            done += len(batch_BT)
+            report.progress(done * length, rows.numel(), "tokens")
+    tallies = [tally for probe in probes for tally in probe.tallies]
+    found = streams.statistics(rows.numel()) | dropped.statistics(done, length)
+    for tally in tallies:
+        found |= tally.statistics(length)
+    stored = {name: values.float().cpu().contiguous() for name, values in found.items()}
+    return Calibration(stored, agreements(tallies, length), rows.numel())
+
+
+def width_probes(decoder: Decoder) -> list[Probe]:
+    """Those that the model's structure has something for."""
+    probes: list[Probe] = [HiddenProbe(decoder), AttentionProbe(decoder)]
+    if decoder.anatomy.router:
+        return [*probes, RouterProbe(decoder), ExpertFfnProbe(decoder)]
+    return [*probes, FfnProbe(decoder)]
+
+
+def measure(decoder: Decoder, ids_BT: Tensor, first: int, streams: Streams, probes: Sequence[Probe]) -> None:
+    """One forward pass of the rows from number `first` on, without the LM head."""
+    tallies = [tally for probe in probes for tally in probe.tallies]
+    for tally in tallies:
+        tally.begin(first, len(ids_BT))
+    with attached([streams, *probes]):
+        decoder.model.base_model(input_ids=ids_BT, use_cache=False)
+    streams.end()
+    require_finite(streams, decoder)
+    for tally in tallies:
+        tally.end()
 
 
 def require_rows(rows: Tensor) -> None:
@@ -54,9 +112,9 @@ def require_rows(rows: Tensor) -> None:
         )
 
 
-def require_finite(stream: StreamProbe, decoder: Decoder) -> None:
+def require_finite(streams: Streams, decoder: Decoder) -> None:
     """Raise InputError that names the first layer whose output held an infinity or a NaN."""
-    place = stream.first_broken()
+    place = streams.first_broken()
     if place is None:
         return
     name = "the embeddings" if place == 0 else f"layer {place - 1}"
@@ -69,14 +127,13 @@ def require_finite(stream: StreamProbe, decoder: Decoder) -> None:
 
 
 @contextmanager
-def attached(probes: list[Probe]) -> Iterator[None]:
-    """The probes' hooks are on inside and off afterwards, also after an error."""
-    handles = [handle for probe in probes for handle in probe.attach()]
-    try:
+def attached(hooked: Sequence[Streams | Probe]) -> Iterator[None]:
+    """The hooks are on inside and off afterwards, also after an error."""
+    with ExitStack() as stack:
+        for part in hooked:
+            for handle in part.attach():
+                stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

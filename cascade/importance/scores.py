@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance, GroupTaylo
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError
-from cascade.importance.calibration import calibrate, evaluating, require_rows
+from cascade.importance.calibration import Calibration, calibrate, evaluating, require_rows
 from cascade.importance.coupled import group_scores
 from cascade.importance.method import Method
 from cascade.models.decoder import Decoder, decoder_of
@@ -21,22 +22,30 @@ from cascade.report import SILENT, Report
 
 
 def score(
-    model: PreTrainedModel, rows: Tensor, method: Method, *, seed: int = 0, report: Report = SILENT
-) -> dict[str, Tensor]:
-    """Scores of every axis by `Axis` value, float32 on the CPU, in the shapes of `score_shapes`.
+    model: PreTrainedModel,
+    rows: Tensor,
+    method: Method,
+    *,
+    drops: Collection[int] = (),
+    seed: int = 0,
+    report: Report = SILENT,
+) -> Calibration:
+    """What every axis could lose by a method: pass the statistics on to `scores_of`.
 
-    rows: token ids [N, T]; only ACTIVATION and TAYLOR look at them. seed: of RANDOM. Raises InputError for no
-    rows and for activations or gradients that are not finite.
+    ACTIVATION has the statistics of `calibrate`; the others scores by `Axis` value, float32 on the CPU, in
+    the shapes of `score_shapes`. rows: token ids [N, T]; only ACTIVATION and TAYLOR look at them. drops:
+    block lengths of layers that ACTIVATION really drops. seed: of RANDOM. Raises InputError for no rows and
+    for activations or gradients that are not finite.
     """
     if method is Method.ACTIVATION:
-        return calibrate(model, rows, report=report)
+        return calibrate(model, rows, drops=drops, report=report)
     decoder = decoder_of(model)
     if method is Method.RANDOM:
-        return as_record(random_scores(decoder, seed))
+        return Calibration(as_record(random_scores(decoder, seed)))
     decoder = replace(decoder, anatomy=proof_of(decoder).anatomy)
     if method is Method.MAGNITUDE:
-        return as_record(group_scores(decoder, GroupMagnitudeImportance(normalizer=None)))
-    return as_record(taylor_scores(decoder, rows, report))
+        return Calibration(as_record(group_scores(decoder, GroupMagnitudeImportance(normalizer=None))))
+    return Calibration(as_record(taylor_scores(decoder, rows, report)))
 
 
 def as_record(scores: dict[Axis, Tensor]) -> dict[str, Tensor]:

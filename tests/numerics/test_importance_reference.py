@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cascade.importance.agreement import agreement
 from cascade.importance.calibration import calibrate
+from cascade.importance.method import Aggregation
 from tests.tiny import make_model
 
 
@@ -43,13 +46,13 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     )
 
 
-def dense_llama(model: PreTrainedModel, rows: Tensor) -> Dense:
-    """Run the Llama of `model` on all rows at once."""
+def dense_llama(model: PreTrainedModel, rows: Tensor, kept: Collection[int] | None = None) -> Dense:
+    """Run the Llama of `model` on all rows at once, with the layers of `kept` only."""
     config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
     seen, eps, size = Dense(), config.rms_norm_eps, config.head_dim
     x = weights["model.embed_tokens.weight"][rows]
     causal = torch.full((rows.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers) if kept is None else kept:
         w = {k.split(f"layers.{layer}.")[1]: v for k, v in weights.items() if f"layers.{layer}." in k}
         seen.streams.append(x)
         seen.norms.append(rms_norm(x, w["input_layernorm.weight"], eps))
@@ -88,8 +91,32 @@ def dense(model: PreTrainedModel, rows: Tensor) -> Dense:
 
 
 @pytest.fixture(scope="module")
-def scores(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
-    return calibrate(model, rows, batch=3)
+def found(model: PreTrainedModel, rows: Tensor) -> dict[str, Tensor]:
+    return calibrate(model, rows, batch=3, drops=(1, 2, 3)).statistics
+
+
+def aggregated(values_NTX: Tensor) -> dict[str, Tensor]:
+    """The three aggregations from their formulas, [..., N, T, X] to [..., X]."""
+    magnitudes = values_NTX.abs()
+    return {
+        "rms": values_NTX.pow(2).mean((-3, -2)).sqrt(),
+        "mean": magnitudes.mean((-3, -2)),
+        "l2_mean": magnitudes.mean(-2).pow(2).sum(-2).sqrt(),
+    }
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def pairs(value: Callable[[int, int], Tensor], lengths: Collection[int]) -> Tensor:
+    """The matrix [5, 5] of value(i, j) for the blocks of these lengths, NaN elsewhere."""
+    matrix = torch.full((5, 5), torch.nan, dtype=torch.float64)
+    for i in range(5):
+        for j in range(i + 1, 5):
+            if j - i in lengths:
+                matrix[i, j] = value(i, j)
+    return matrix
 
 
 def test_reference_is_the_model(model: PreTrainedModel, rows: Tensor, dense: Dense) -> None:
@@ -100,31 +127,64 @@ def test_reference_is_the_model(model: PreTrainedModel, rows: Tensor, dense: Den
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_are_one_minus_the_mean_cosine(scores: dict[str, Tensor], dense: Dense) -> None:
-    expected = []
-    for before, after in zip(dense.streams, dense.streams[1:], strict=False):
+def test_block_influence_is_one_minus_the_mean_cosine(found: dict[str, Tensor], dense: Dense) -> None:
+    def influence(i: int, j: int) -> Tensor:
+        before, after = dense.streams[i], dense.streams[j]
         cosine = (before * after).sum(-1) / (before.pow(2).sum(-1).sqrt() * after.pow(2).sum(-1).sqrt())
-        expected.append(1 - cosine.mean())
-    torch.testing.assert_close(scores["layers"].double(), torch.stack(expected), rtol=1e-4, atol=1e-6)
+        return 1 - cosine.mean()
+
+    same(found["layers.block_influence"], pairs(influence, range(1, 5)))
 
 
-def test_hidden_is_the_rms_of_the_norm_outputs_summed_over_norms(
-    scores: dict[str, Tensor], dense: Dense
+def test_norm_ratio_is_the_mean_of_output_over_input(found: dict[str, Tensor], dense: Dense) -> None:
+    norms = [stream.pow(2).sum(-1).sqrt() for stream in dense.streams]
+    same(found["layers.norm_ratio"], pairs(lambda i, j: (norms[j] / norms[i]).mean(), range(1, 5)))
+
+
+def test_drops_are_what_a_model_without_the_layers_does(
+    found: dict[str, Tensor], model: PreTrainedModel, rows: Tensor, dense: Dense
 ) -> None:
-    expected = sum(norm.pow(2).mean((0, 1)).sqrt() for norm in dense.norms)
-    torch.testing.assert_close(scores["hidden"].double(), expected, rtol=1e-4, atol=1e-6)
+    def logits(kept: Collection[int]) -> Tensor:
+        seen = dense_llama(model, rows.long(), kept)
+        return seen.norms[-1] @ model.get_output_embeddings().weight.double().T
 
+    def loss(values: Tensor) -> Tensor:
+        likely = values[:, :-1].log_softmax(-1).gather(-1, rows.long()[:, 1:, None])
+        return -likely.mean()
 
-def test_ffn_is_the_rms_of_the_gated_product(scores: dict[str, Tensor], dense: Dense) -> None:
-    expected = torch.stack([product.pow(2).mean((0, 1)).sqrt() for product in dense.products])
-    torch.testing.assert_close(scores["ffn"].double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_kv_groups_are_the_mean_norm_of_their_heads_outputs(scores: dict[str, Tensor], dense: Dense) -> None:
-    expected = torch.stack(
-        [
-            torch.stack([heads[:, :, :2], heads[:, :, 2:]]).pow(2).sum((-1, -2)).sqrt().mean((1, 2))
-            for heads in dense.heads
-        ]
+    whole = logits(range(4))
+    without = {
+        (i, j): logits([k for k in range(4) if not i <= k < j]) for i in range(4) for j in range(i + 1, 5)
+    }
+    rises = pairs(lambda i, j: loss(without[i, j]) - loss(whole), (1, 2, 3))
+    torch.testing.assert_close(
+        found["layers.perplexity"].double(), rises, rtol=1e-3, atol=1e-5, equal_nan=True
     )
-    torch.testing.assert_close(scores["kv_groups"].double(), expected, rtol=1e-4, atol=1e-6)
+    same(found["layers.logit_mse"], pairs(lambda i, j: (without[i, j] - whole).pow(2).mean(), (1, 2, 3)))
+
+
+@pytest.mark.parametrize("aggregation", Aggregation)
+def test_widths_are_aggregated_over_rows_and_tokens(
+    found: dict[str, Tensor], dense: Dense, aggregation: Aggregation
+) -> None:
+    same(found[f"hidden.{aggregation}"], aggregated(torch.stack(dense.norms))[aggregation].sum(0))
+    same(found[f"ffn.{aggregation}"], aggregated(torch.stack(dense.products))[aggregation])
+    heads_LNTGqh = torch.stack(dense.heads).unflatten(3, (2, 2))
+    groups = heads_LNTGqh.pow(2).sum((-1, -2)).sqrt()
+    same(found[f"kv_groups.{aggregation}"], aggregated(groups)[aggregation])
+    heads = heads_LNTGqh.pow(2).sum(-1).sqrt().flatten(-2)
+    same(found[f"heads_per_group.{aggregation}"], aggregated(heads)[aggregation].unflatten(-1, (2, 2)))
+
+
+def test_agreement_is_that_of_even_and_odd_rows(model: PreTrainedModel, rows: Tensor) -> None:
+    """Batches of three begin at even and at odd rows."""
+    measured = calibrate(model, rows, batch=3)
+    even, odd = calibrate(model, rows[::2]).statistics, calibrate(model, rows[1::2]).statistics
+    assert measured.agreement.keys() == {
+        f"{axis}.{aggregation}"
+        for axis in ("hidden", "ffn", "kv_groups", "heads_per_group")
+        for aggregation in Aggregation
+    }
+    for name, share in measured.agreement.items():
+        assert share == pytest.approx(agreement(even[name], odd[name]), abs=0.01)
+        assert 0.25 <= share <= 1

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError
 from cascade.importance.calibration import calibrate
+from cascade.importance.method import Aggregation, LayerScore
+from cascade.models.decoder import decoder_of
+from cascade.pruning.proof import passes_through
+from tests.architectures import tiny
 from tests.tiny import make_model
 
 
@@ -34,27 +39,90 @@ class Progress:
         self.seen.append((done, total, unit))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_one_finite_score_for_every_unit(family: str) -> None:
-    scores = calibrate(make_model(family), tokens())
-    shapes = {
-        "layers": (4,),
-        "hidden": (64,),
-        "ffn": (4, 128),
-        "kv_groups": (4, 2),
-        "heads_per_group": (4, 2, 2),
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "opt", "mixtral"])
+def test_every_statistic_is_there_and_finite(name: str) -> None:
+    model = tiny(name)
+    sizes = decoder_of(model).architecture
+    groups, per_group = sizes.kv_groups, sizes.heads_per_group
+    found = calibrate(model, tokens(), drops=(1, 3)).statistics
+    widths = {"hidden": (64,), "kv_groups": (4, groups), "heads_per_group": (4, groups, per_group)}
+    widths["ffn"] = (4, 4, 128) if name == "mixtral" else (4, 128)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{axis}.{aggregation}": shape for axis, shape in widths.items() for aggregation in Aggregation
     }
-    assert {axis: tuple(score.shape) for axis, score in scores.items()} == shapes
-    for score in scores.values():
-        assert score.dtype == torch.float32
-        assert score.isfinite().all()
-        assert (score > 0).all()
+    shapes |= {"experts.probability": (4, 4)} if name == "mixtral" else {}
+    shapes |= {f"layers.{score}": (5, 5) for score in LayerScore}
+    assert {key: tuple(values.shape) for key, values in found.items()} == shapes
+    places = torch.arange(5)
+    length = places - places[:, None]
+    for key, values in found.items():
+        assert values.dtype == torch.float32
+        assert values.is_contiguous()
+        measured = torch.ones(values.shape, dtype=torch.bool)
+        if key.startswith("layers."):
+            dropped = LayerScore(key.removeprefix("layers.")).drops
+            measured = (length == 1) | (length == 3) if dropped else length > 0
+        assert torch.equal(values.isfinite(), measured)
+        if key != "layers.perplexity":
+            assert (values[measured] >= 0).all()
+            assert values[measured].any()
 
 
-def test_batches_only_change_the_order_of_sums(model: PreTrainedModel) -> None:
-    whole, split = calibrate(model, tokens(), batch=6), calibrate(model, tokens(), batch=1)
-    for axis in whole:
-        torch.testing.assert_close(whole[axis], split[axis], rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_batches_only_change_the_order_of_sums(name: str) -> None:
+    model = tiny(name)
+    whole, split = (calibrate(model, tokens(), batch=batch, drops=(1,)) for batch in (6, 1))
+    uneven = calibrate(model, tokens(), batch=4, drops=(1,))
+    assert whole.agreement == split.agreement == uneven.agreement
+    for other in (split, uneven):
+        for key, values in whole.statistics.items():
+            torch.testing.assert_close(
+                other.statistics[key], values, rtol=1e-4, atol=1e-6, equal_nan=True, msg=key
+            )
+
+
+def test_logits_of_few_rows_at_once_give_the_same_drops(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(model, tokens(), drops=(2,)).statistics
+    monkeypatch.setattr("cascade.importance.drops.MOST_LOGITS", 3 * 16 * 258)
+    parts = calibrate(model, tokens(), drops=(2,)).statistics
+    for key in ("layers.perplexity", "layers.logit_mse"):
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "mixtral", "granite"])
+def test_dropping_from_remembered_streams_is_dropping_from_the_model(name: str) -> None:
+    """Against a second model whose layers return their input; soft caps and scales of logits included."""
+    model, rows = tiny(name), tokens(3)
+    found = calibrate(model, rows, drops=(1, 2)).statistics
+    with torch.no_grad():
+        whole = model(input_ids=rows, use_cache=False)
+        for i, j in ((0, 1), (1, 3), (3, 4)):
+            handles = [
+                layer.register_forward_hook(passes_through, with_kwargs=True)
+                for layer in decoder_of(model).layers[i:j]
+            ]
+            without = model(input_ids=rows, use_cache=False)
+            for handle in handles:
+                handle.remove()
+            rise = cross_entropy(without.logits, rows) - cross_entropy(whole.logits, rows)
+            square = (without.logits - whole.logits).square().mean()
+            torch.testing.assert_close(found["layers.perplexity"][i, j], rise, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found["layers.logit_mse"][i, j], square, rtol=1e-4, atol=1e-6)
+
+
+def cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+
+
+def test_streams_that_a_layer_changes_in_place_are_remembered_as_they_were(model: PreTrainedModel) -> None:
+    expected = calibrate(model, tokens()).statistics
+    for layer in decoder_of(model).layers:
+        layer.register_forward_hook(lambda module, inputs, output: inputs[0].copy_(output))
+    found = calibrate(model, tokens()).statistics
+    key = "layers.block_influence"
+    torch.testing.assert_close(found[key], expected[key], equal_nan=True)
 
 
 def test_a_unit_that_never_speaks_scores_lowest(model: PreTrainedModel) -> None:
@@ -64,21 +132,61 @@ def test_a_unit_that_never_speaks_scores_lowest(model: PreTrainedModel) -> None:
         layers[2].self_attn.v_proj.weight[16:] = 0
         layers[3].self_attn.o_proj.weight.zero_()
         layers[3].mlp.down_proj.weight.zero_()
-    scores = calibrate(model, tokens())
-    assert scores["ffn"][1].argmin() == 5
-    assert scores["kv_groups"][2].argmin() == 1
-    assert scores["layers"].argmin() == 3
-    assert scores["layers"][3].abs() < 1e-6
+    found = calibrate(model, tokens(), drops=(1,)).statistics
+    for aggregation in Aggregation:
+        assert found[f"ffn.{aggregation}"][1].argmin() == 5
+        assert found[f"kv_groups.{aggregation}"][2].argmin() == 1
+    assert found["layers.block_influence"][3, 4].abs() < 1e-6
+    assert found["layers.norm_ratio"][3, 4] == pytest.approx(1)
+    assert found["layers.perplexity"][3, 4].abs() < 1e-6
+    assert found["layers.logit_mse"][3, 4] < 1e-9
+    assert found["layers.logit_mse"][0, 1] > 1e-3
 
 
-def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
+def test_a_token_without_a_stream_counts_as_nothing(model: PreTrainedModel) -> None:
+    """Its direction is undefined; it must not turn the mean of the others into NaN."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = 0
+    rows = torch.full((1, 4), 3)
+    rows[0, 0] = 7
+    found = calibrate(model, rows).statistics
+    assert found["layers.norm_ratio"][0, 1].isfinite()
+    assert found["layers.block_influence"][0, 1].isfinite()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_model_is_left_as_it_was(model: PreTrainedModel, broken: bool) -> None:
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    calibrate(model, tokens())
+    forwards = {name: module.forward for name, module in model.named_modules()}
+    random = torch.get_rng_state()
+    if broken:
+        handle = model.get_output_embeddings().register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            calibrate(model, tokens(), drops=(1,))
+        handle.remove()
+    else:
+        calibrate(model, tokens(), drops=(1,))
+    assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(module.forward == forwards[name] for name, module in model.named_modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_forward_of_a_layers_own_is_put_back(model: PreTrainedModel) -> None:
+    """As accelerate sets one."""
+    layer = decoder_of(model).layers[1]
+    own = layer.forward
+    vars(layer)["forward"] = own
+    calibrate(model, tokens(), drops=(1,))
+    assert vars(layer)["forward"] is own
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("on purpose")
 
 
 def test_progress_counts_tokens(model: PreTrainedModel) -> None:
@@ -96,14 +204,38 @@ def test_the_head_is_never_run(model: PreTrainedModel) -> None:
 
 
 def test_low_precision_models_are_scored_in_float32(model: PreTrainedModel) -> None:
-    exact, rounded = calibrate(model, tokens()), calibrate(model.bfloat16(), tokens())
-    for axis in exact:
-        torch.testing.assert_close(rounded[axis], exact[axis], rtol=0.05, atol=0.01)
+    exact = calibrate(model, tokens(), drops=(1,)).statistics
+    rounded = calibrate(model.bfloat16(), tokens(), drops=(1,)).statistics
+    for key in exact:
+        torch.testing.assert_close(rounded[key], exact[key], rtol=0.05, atol=0.02, equal_nan=True, msg=key)
 
 
 def test_no_tokens_are_refused(model: PreTrainedModel) -> None:
     with pytest.raises(InputError, match="no tokens"):
         calibrate(model, torch.zeros(0, 16, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("length", [0, 4, -1])
+def test_blocks_that_cannot_be_dropped_are_refused(model: PreTrainedModel, length: int) -> None:
+    with pytest.raises(InputError, match="block of layers to drop") as caught:
+        calibrate(model, tokens(), drops=(1, length))
+    assert caught.value.value == f"{length} of 4 layers"
+
+
+def test_rows_of_one_token_have_no_cross_entropy(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="no next token"):
+        calibrate(model, tokens(6, 1), drops=(1,))
+    assert calibrate(model, tokens(6, 1)).tokens == 6
+
+
+def test_logits_that_are_not_finite_name_the_dropped_layers(model: PreTrainedModel) -> None:
+    """Layer 2 overflows in its third call: after the pass itself and the whole model's logits."""
+    factors = [torch.inf, 1.0, 1.0]
+    third = decoder_of(model).layers[2]
+    third.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors.pop(),) if factors else None)
+    with pytest.raises(InputError, match="without some layers are not finite") as caught:
+        calibrate(model, tokens(), batch=6, drops=(2,))
+    assert "layers 0 to 1 of 4" in str(caught.value.value)
 
 
 @pytest.mark.parametrize(

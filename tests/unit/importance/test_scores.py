@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cascade.errors import InputError
-from cascade.importance.method import Method
+from cascade.importance.method import Method, Scoring
 from cascade.importance.scores import score
+from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
 from cascade.planning.axes import Axis
 from cascade.pruning.selection import score_shapes
@@ -24,7 +25,7 @@ def tokens(rows: int = 3) -> Tensor:
 def test_every_axis_has_a_finite_score_for_every_unit(name: str, method: Method) -> None:
     model = tiny(name)
     shapes = score_shapes(decoder_of(model).architecture)
-    scores = score(model, tokens(), method)
+    scores = scores_of(score(model, tokens(), method).statistics, Scoring(), dropped=2)
     needed = {"layers", "hidden", "ffn", "kv_groups"}
     needed |= set() if name in UNGROUPED else {"heads_per_group"}
     needed |= {"experts"} if name in EXPERTS else set()
@@ -46,25 +47,23 @@ def test_activations_of_a_class_that_flattens_its_tokens() -> None:
     ]
     for norm in [*norms, model.model.decoder.final_layer_norm]:
         norm.register_forward_hook(lambda module, inputs, output: outputs.append(output.reshape(-1, 64)))
-    scores = score(model, tokens(), Method.ACTIVATION)
+    scores = score(model, tokens(), Method.ACTIVATION).statistics
     expected = sum(output.double().square().mean(0).sqrt() for output in outputs)
-    torch.testing.assert_close(scores["hidden"].double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scores["hidden.rms"].double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_experts_are_scored_by_their_mean_router_probability() -> None:
     model, states = tiny("qwen3_moe"), list[Tensor]()
     router = model.model.layers[1].mlp.gate
     router.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
-    scores = score(model, tokens(), Method.ACTIVATION)
-    probabilities = (states[0].reshape(-1, 64) @ router.weight.T).softmax(-1).mean(0)
-    torch.testing.assert_close(scores["experts"][1], probabilities.detach(), rtol=1e-5, atol=1e-7)
-    down = model.model.layers[1].mlp.experts.down_proj
-    torch.testing.assert_close(scores["ffn"][1], down.detach().norm(dim=1), rtol=1e-5, atol=1e-7)
+    scores = score(model, tokens(), Method.ACTIVATION).statistics
+    probabilities = (torch.cat(states).reshape(-1, 64) @ router.weight.T).softmax(-1).mean(0)
+    torch.testing.assert_close(scores["experts.probability"][1], probabilities.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_taylor_is_the_sum_of_weight_times_gradient_over_a_unit() -> None:
     model = tiny("llama")
-    scores = score(model, tokens(), Method.TAYLOR)
+    scores = score(model, tokens(), Method.TAYLOR).statistics
     loss = model(input_ids=tokens(), labels=tokens()).loss
     loss.backward()
     product = {name: (p * p.grad).abs().detach() for name, p in model.named_parameters()}
@@ -85,7 +84,7 @@ def test_magnitude_is_the_squared_norm_of_a_units_weights_also_where_they_are_fu
     mlp = model.model.layers[1].mlp
     halves = mlp.gate_up_proj.weight.square().sum(1)
     expected = (halves[:128] + halves[128:] + mlp.down_proj.weight.square().sum(0)) / 2
-    found = score(model, tokens(), Method.MAGNITUDE)["ffn"][1]
+    found = score(model, tokens(), Method.MAGNITUDE).statistics["ffn"][1]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
 
     model = tiny("gpt_oss")
@@ -93,13 +92,15 @@ def test_magnitude_is_the_squared_norm_of_a_units_weights_also_where_they_are_fu
     pairs, biases = experts.gate_up_proj.square().sum(1), experts.gate_up_proj_bias.square()
     expected = pairs[:, ::2] + pairs[:, 1::2] + biases[:, ::2] + biases[:, 1::2]
     expected = (expected + experts.down_proj.square().sum(2)) / 3
-    found = score(model, tokens(), Method.MAGNITUDE)["ffn"][1]
+    found = score(model, tokens(), Method.MAGNITUDE).statistics["ffn"][1]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_random_follows_its_seed() -> None:
     model = tiny("llama")
-    first, again, other = (score(model, tokens(), Method.RANDOM, seed=seed)["ffn"] for seed in (1, 1, 2))
+    first, again, other = (
+        score(model, tokens(), Method.RANDOM, seed=seed).statistics["ffn"] for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
