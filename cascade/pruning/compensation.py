@@ -58,26 +58,53 @@ class Reader:
     size: int
 
     @property
+    def bias(self) -> Tensor | None:
+        """[D], if it has one."""
+        return getattr(self.module, "bias", None)
+
+    @property
     def sum_bytes(self) -> int:
         """Of its product sums [n, S] in float64."""
         return self.size * len(self.stays) * 8
 
 
 class Moments:
-    """Sums over tokens of what one reader reads: z [n] and z z_S^T [n, S], in float64."""
+    """Sums over tokens of what one reader reads, less a constant a [n]: of z - a [n] and of the products
+    (z - a)(z_S - a_S)^T [n, S], in float64.
+
+    For an affine fit a is the mean of the first batch, because a covariance is lost in float32 products that
+    a large mean dominates; otherwise it is zero.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader, self.tokens = reader, 0
         device, exact = reader.stays.device, torch.float64
+        self.origin_n = torch.zeros(reader.size, device=device)
         self.sum_n = torch.zeros(reader.size, dtype=exact, device=device)
         self.products_nS = torch.zeros(reader.size, len(reader.stays), dtype=exact, device=device)
 
     def read(self, module: nn.Module, inputs: Inputs) -> None:
         """A pre-hook of the reader: products of a batch are float32, because float64 is slow on most GPUs."""
         z_Nn = inputs[0].flatten(0, -2).float()
+        if self.reader.bias is not None:
+            if not self.tokens:
+                self.origin_n = z_Nn.mean(0)
+            z_Nn = z_Nn - self.origin_n
         self.products_nS += z_Nn.T @ z_Nn.index_select(1, self.reader.stays)
         self.sum_n += z_Nn.sum(0, dtype=torch.float64)
         self.tokens += len(z_Nn)
+
+    def mean(self) -> Tensor:
+        """E[z] [n]."""
+        return self.origin_n + self.sum_n / self.tokens
+
+    def covariance(self) -> Tensor:
+        """C[:, S] of the fit: E[z z_S^T], or the covariance for a reader with a bias."""
+        found_nS = self.products_nS / self.tokens
+        if self.reader.bias is not None:
+            off_n = self.sum_n / self.tokens
+            found_nS -= torch.outer(off_n, off_n[self.reader.stays])
+        return found_nS
 
 
 @torch.no_grad()
@@ -171,12 +198,9 @@ def stream(decoder: Decoder, sums: Iterable[Moments], rows: Tensor, batch: int, 
 
 def fitted(moments: Moments, damping: float) -> dict[str, Tensor]:
     """The replaced weight, and the bias if there is one, by full name."""
-    reader = moments.reader
-    weight, bias = reader.module.get_parameter("weight").detach(), getattr(reader.module, "bias", None)
+    reader, covariance_nS = moments.reader, moments.covariance()
+    weight, bias = reader.module.get_parameter("weight").detach(), reader.bias
     weight_Dn = (weight if reader.place == 1 else weight.T).double()
-    mean_n, covariance_nS = moments.sum_n / moments.tokens, moments.products_nS / moments.tokens
-    if bias is not None:
-        covariance_nS -= torch.outer(mean_n, mean_n[reader.stays])
     removed = torch.ones(reader.size, dtype=torch.bool, device=weight.device)
     removed[reader.stays] = False
     weight_DR = weight_Dn[:, removed]
@@ -186,6 +210,7 @@ def fitted(moments: Moments, damping: float) -> dict[str, Tensor]:
     columns = kept_SD.T if reader.place == 1 else kept_SD
     found = {f"{reader.name}.weight": weight.index_copy(reader.place, reader.stays, columns)}
     if bias is not None:
+        mean_n = moments.mean()
         moved_D = weight_DR @ mean_n[removed] - mean_n[reader.stays] @ change_SD
         found[f"{reader.name}.bias"] = (bias.detach().double() + moved_D).to(bias.dtype)
     return found

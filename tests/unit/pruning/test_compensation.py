@@ -166,15 +166,6 @@ def test_a_child_and_what_replaces_its_parameters_share_no_memory_where_nothing_
     assert child.get_parameter(name).data_ptr() != values.data_ptr()
 
 
-def test_low_precision_weights_are_fitted_in_high_precision() -> None:
-    model = make_model("llama")
-    exact = least_squares(*plan(model, ffn=72)[::2], tokens(40))
-    rounded = least_squares(*plan(model.bfloat16(), ffn=72)[::2], tokens(40))
-    for name, values in exact.items():
-        assert rounded[name].dtype == torch.bfloat16
-        torch.testing.assert_close(rounded[name].float(), values, rtol=0.05, atol=0.02)
-
-
 def test_a_layer_that_is_never_heard_keeps_its_weights() -> None:
     model = make_model("llama")
     with torch.no_grad():
