@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Python compiles what is imported; compiling every file of every package would double the installation's work.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-full lint bench clean
 
 # Three children of SmolLM2-135M from one command; a second run finds everything done.
 quickstart: .venv/quickstart
@@ -11,6 +11,14 @@ quickstart: .venv/quickstart
 
 test: .venv/dev lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# What takes longer: every architecture, and the quickstart's own parent. Run it after `make test`.
+test-full: .venv/dev .venv/quickstart
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow
+
+# Speed, memory and quality beside named peers; the text to measure on is a plain file of your own.
+bench: .venv/bench
+	$(BIN)/python -m tests.bench $(TEXT)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -30,6 +38,10 @@ lint: .venv/dev
 
 .venv/dev: .venv/bin/cascade
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+.venv/bench: .venv/dev .venv/quickstart
+	$(INSTALL) --editable '.[bench]'
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cascade.console import ConsoleReport, Json, family_table, record_table
+from cascade.console import ConsoleReport, Json, family_table, race_tables, record_table
 from cascade.errors import CascadeError
 from cascade.recipe import Options, Recipe, load_recipe
 
@@ -52,10 +52,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 def plan(recipe: RecipeName, cache: Cache = "") -> None:
     """Print every stage's architecture, parameters, memory and cost; train nothing, store nothing."""
     from cascade.family.build import default_cache, plan_family
-    from cascade.family.forecast import machine_rate, plan_table
+    from cascade.family.forecast import machine_rate, plan_table, ranking_table
 
     graph = plan_family(load_recipe(recipe), Path(cache or default_cache()))
     output().print(plan_table(graph, machine_rate()))
+    output().print(ranking_table(graph))
 
 
 @app.command()
@@ -87,7 +88,7 @@ def build(
         except KeyboardInterrupt:
             report.log("interrupted; run the same command to go on")
             raise typer.Exit(INTERRUPTED) from None
-    output().print(family_table(index))
+    print_family(index)
     for stage in index["stages"]:
         output().print(f"{stage['name']}: {stage['checkpoint']}", soft_wrap=True, highlight=False)
 
@@ -124,8 +125,10 @@ def show(uri: Uri, as_json: AsJson = False) -> None:
     record = manifest.model_dump(mode="json") if manifest else read_index(location)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
+    elif manifest:
+        output().print(record_table(uri, record))
     else:
-        output().print(record_table(uri, record) if manifest else family_table(record))
+        print_family(record)
 
 
 @app.command()
@@ -140,6 +143,12 @@ def verify(uri: Uri) -> None:
     typer.echo(f"{report.artifacts} artifacts, {report.files} files, problems: {len(report.problems)}")
     if report.problems:
         raise typer.Exit(1)
+
+
+def print_family(index: Json) -> None:
+    """The family's table, and one for each race."""
+    for table in (family_table(index), *race_tables(index)):
+        output().print(table)
 
 
 def output() -> Console:

@@ -1,20 +1,26 @@
-"""`python -m cascade.node JOB.json [PARENT]`: the one process that runs a node of the graph.
+"""`python -m cascade.node JOB.json`: the one process that runs a node of the graph.
 
-The command line, a Prefect task, torchrun and a Kubernetes job all start this. It writes JSON lines to
-standard output and ends with 0 (published), 1 (failed), 2 (wrong input) or 75 (checkpointed, run me again).
-PARENT is the process id of an orchestrator; the node does not outlive it.
+It writes JSON lines to standard output and ends with 0 (published), 1 (failed), 2 (wrong input) or 75
+(checkpointed, run me again). torchrun and a Kubernetes job start it so. The command line and a Prefect task
+run many nodes and start `python -m cascade.node --serve PARENT`: it imports once what takes seconds, and for
+every job named on its standard input forks a process that does just the same, whose exit code it reports. So
+a node's memory is free when the node has ended. PARENT is the process id of the orchestrator, which no part
+of it outlives.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError, Interrupted, MachineFault
@@ -23,13 +29,14 @@ from cascade.errors import CascadeError, Interrupted, MachineFault
 if TYPE_CHECKING:
     from cascade.family.job import Job, JsonReport, StopSignal
 
+SERVE = "--serve"
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the parent dies; ends the process if it is dead already."""
+def die_with_parent(parent: int, number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the parent dies; ends the process if it is dead already."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         sys.exit(Interrupted.exit_code)
 
@@ -85,24 +92,73 @@ def mount_point(path: Path) -> Path:
 
 
 def main() -> int:
-    """Run the job named on the command line, and after light work those named on standard input."""
-    if len(sys.argv) > 2:
-        die_with_parent(int(sys.argv[2]))
-    from cascade.family.job import LIGHT, JsonReport, StopSignal, load_job
+    """Run the job named on the command line, or serve those named on standard input."""
+    if sys.argv[1] == SERVE:
+        return serve(int(sys.argv[2]))
+    return run_file(sys.argv[1])
+
+
+def run_file(path: str) -> int:
+    """Run the job in a file; its exit code."""
+    from cascade.family.job import JsonReport, StopSignal, load_job
 
     stop = StopSignal()
     stop.listen()
     # Libraries print to standard output; only the report may write to the pipe.
     report = JsonReport(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
-    path = sys.argv[1]
-    while path:
-        job = load_job(Path(path).read_text(encoding="utf-8"))
-        code = run_explained(job, report, stop)
-        if code != 0 or job.kind not in LIGHT:
-            return code
-        path = sys.stdin.readline().strip()
-    return 0
+    return run_explained(load_job(Path(path).read_text(encoding="utf-8")), report, stop)
+
+
+def serve(parent: int) -> int:
+    """Fork a process for every job named on standard input; ends with it, or when asked to.
+
+    The server itself computes nothing: the threads of a library that has would be missing in its children.
+    """
+    die_with_parent(parent, signal.SIGHUP)
+    asked = Asked()
+    import cascade.family.work  # noqa: F401
+
+    while not asked.to_stop and (path := sys.stdin.readline().strip()):
+        asked.child = os.fork()
+        if asked.child == 0:
+            os._exit(child(path))
+        code = os.waitstatus_to_exitcode(os.waitpid(asked.child, 0)[1])
+        asked.child = None
+        print(json.dumps({"event": "exit", "code": code}), flush=True)
+    return Interrupted.exit_code if asked.to_stop else 0
+
+
+class Asked:
+    """Requests to stop reach the whole process group: the child saves and ends, then the server does.
+
+    SIGHUP says that the orchestrator died, and reaches the server alone.
+    """
+
+    def __init__(self) -> None:
+        self.to_stop = False
+        self.child: int | None = None
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGHUP, lambda number, frame: os.killpg(0, signal.SIGTERM))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.to_stop = True
+        if self.child is None:
+            sys.exit(Interrupted.exit_code)
+
+
+def child(path: str) -> int:
+    """A forked process's work; its exit code. It must not run what the server has open behind it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    code = 1
+    try:
+        code = run_file(path)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    return code
 
 
 def run_explained(job: Job, report: JsonReport, stop: StopSignal) -> int:

@@ -20,14 +20,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
-from cascade.importance.method import Method
+from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.planning.axes import Axis
+from cascade.presets import AXES, FIELDS, Preset
+from cascade.pruning.repair import Repair
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 RESERVED_STAGES = ("parent", "aliases")
 RESERVED_FAMILY = "shared"
 COUNT = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kMBT]?)$")
 MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SIZE = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?)B$")
+BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_count(value: object) -> object:
@@ -36,7 +40,14 @@ def parse_count(value: object) -> object:
     return round(float(match[1]) * MULTIPLES[match[2]]) if match else value
 
 
+def parse_bytes(value: object) -> object:
+    """Turn "300MB" or "1.5GB" (decimal) into an integer; leave anything else to pydantic."""
+    match = SIZE.match(value.strip()) if isinstance(value, str) else None
+    return round(float(match[1]) * BYTES[match[2]]) if match else value
+
+
 Count = Annotated[int, BeforeValidator(parse_count)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def setting(default: Any, position: int, title: str, description: str, **bounds: Any) -> Any:
@@ -118,8 +129,41 @@ class Teacher(Section):
     )
 
 
+class Precision(StrEnum):
+    """Of weights and KV cache in a memory budget."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+    @property
+    def bytes(self) -> int:
+        """Of one value."""
+        return {Precision.FLOAT32: 4, Precision.BFLOAT16: 2, Precision.INT8: 1}[self]
+
+
+class Shape(Section):
+    """Sizes chosen by hand; what is left empty stays as it is in the model before."""
+
+    layers: int | None = setting(None, 0, "Layers", "Decoder layers.", ge=1)
+    hidden: int | None = setting(None, 1, "Hidden size", "Channels of the residual stream.", ge=1)
+    ffn: int | None = setting(None, 2, "FFN size", "Neurons of a layer's FFN, or of each expert.", ge=1)
+    kv_groups: int | None = setting(
+        None, 3, "KV groups", "Groups of heads with a common key and value.", ge=1
+    )
+    heads_per_group: int | None = setting(None, 4, "Heads per group", "Query heads of each KV group.", ge=1)
+    experts: int | None = setting(None, 5, "Experts", "Experts of a layer.", ge=1)
+
+    def sizes(self) -> dict[Axis, int]:
+        """What is set, by axis."""
+        return {axis: size for axis in Axis if (size := getattr(self, axis.value)) is not None}
+
+
+DIALS = ("parameters", "ratio", "memory", "latency")
+
+
 class Prune(Section):
-    """One dial: `parameters` or `ratio`."""
+    """One dial: `parameters`, `ratio`, `memory` or `latency`; or the sizes themselves in `shape`."""
 
     parameters: Count | None = setting(
         None, 0, "Parameters", "The child's parameters in total, embeddings included, such as 100M.", ge=1
@@ -132,28 +176,110 @@ class Prune(Section):
         gt=0,
         lt=1,
     )
+    memory: Bytes | None = setting(
+        None, 2, "Memory", "Bytes of the child's weights and one KV cache, such as 300MB.", ge=1
+    )
+    latency: float | None = setting(
+        None,
+        3,
+        "Latency",
+        "Milliseconds of a forward pass over one row of the corpus, measured on this machine.",
+        gt=0,
+    )
+    shape: Shape = setting(Shape(), 4, "Shape", "Sizes chosen by hand, in place of a dial.")
+    preset: Preset = setting(
+        Preset.NONE,
+        5,
+        "Preset",
+        "ministral3 or minitron: prune as published; sets the fields from `axes` to `repair`.",
+    )
     axes: tuple[Axis, ...] = setting(
         (),
-        2,
+        6,
         "Axes",
-        "What the planner may cut; empty: those of layers, hidden, ffn, kv_groups that the parent allows.",
+        "What the planner may cut; empty: those of the preset, or of layers, hidden, ffn, kv_groups, "
+        "that the parent allows.",
     )
     importance: Method = setting(
         Method.ACTIVATION,
-        3,
+        7,
         "Importance",
         "How units are scored: activation, taylor (gradients), magnitude (weights), random (the control).",
     )
+    layer_score: LayerScore = setting(
+        LayerScore.BLOCK_INFLUENCE,
+        8,
+        "Layer score",
+        "Of `activation`: block_influence, norm_ratio, or perplexity or logit_mse when the layer is dropped.",
+    )
+    contiguous_layers: bool = setting(
+        False, 9, "Contiguous layers", "Drop one block of layers, the least important of its length."
+    )
+    aggregation: Aggregation = setting(
+        Aggregation.RMS,
+        10,
+        "Aggregation",
+        "Of `activation`: rms, mean (of absolute values), or l2_mean (mean over a sequence, then L2).",
+    )
+    rotate: bool = setting(
+        False, 11, "Rotate", "Cut hidden channels after a PCA rotation; the child's embeddings come untied."
+    )
+    repair: Repair = setting(
+        Repair.NONE,
+        12,
+        "Repair",
+        "least_squares: fit what reads cut neurons or heads anew; fold_heads: Minitron's residual folding.",
+    )
     calibration_tokens: Count = setting(
-        8192, 4, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+        8192, 13, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+    )
+    candidates: int = setting(
+        1,
+        14,
+        "Candidates",
+        "Shapes that race: each is taught briefly, the better half goes on.",
+        ge=1,
+        le=64,
+    )
+    memory_context: Count = setting(
+        4096, 15, "Memory context", "Tokens of the KV cache that `memory` counts.", ge=1
+    )
+    memory_precision: Precision = setting(
+        Precision.BFLOAT16, 16, "Memory precision", "Of weights and KV cache that `memory` counts."
     )
 
     @model_validator(mode="after")
     def one_dial(self) -> Prune:
-        """Exactly one of the two dials says how small the child is."""
-        if (self.parameters is None) == (self.ratio is None):
-            raise ValueError("set exactly one of `parameters` and `ratio`")
+        """Exactly one dial says how small the child is, and nothing contradicts the preset."""
+        stated = [name for name in DIALS if getattr(self, name) is not None]
+        if len(stated) + bool(self.shape.sizes()) != 1:
+            names = ", ".join(f"`{name}`" for name in DIALS)
+            raise ValueError(f"set exactly one of {names}, or sizes in `shape`")
+        if self.shape.sizes() and self.candidates > 1:
+            raise ValueError("`candidates` are shapes that meet a dial; `shape` leaves only one")
+        for name, value in FIELDS[self.preset].items():
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if given not in (default, value):
+                raise ValueError(
+                    f"preset {self.preset.value} sets `{name}` to {value}; leave it out, not {given}"
+                )
         return self
+
+    @property
+    def resolved(self) -> Prune:
+        """With what the preset sets, and the preset's name gone: equal cuts have equal keys."""
+        return self.model_copy(update={**FIELDS[self.preset], "preset": Preset.NONE})
+
+    @property
+    def preset_axes(self) -> tuple[Axis, ...]:
+        """What the preset would cut; empty without one."""
+        return AXES.get(self.preset, ())
+
+    @property
+    def scoring(self) -> Scoring:
+        """Which of the measured statistics decide."""
+        dials = self.resolved
+        return Scoring(dials.layer_score, dials.contiguous_layers, dials.aggregation)
 
 
 class Distill(Section):
@@ -223,7 +349,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"stage name {name!r} is {'reserved' if name in RESERVED_STAGES else 'used twice'}"
                 )
-        for dial in ("ratio", "parameters"):
+        for dial in DIALS:
             values = [getattr(stage.prune, dial) for stage in self.stages]
             stated = [value for value in values if value is not None]
             if any(later >= earlier for earlier, later in pairwise(stated)):
@@ -324,7 +450,7 @@ def describe_problem(problem: Any) -> str:
 
 def suggestion(key: str) -> str:
     """The known key that looks most like `key`, ready to be appended to a message."""
-    models = (Recipe, Corpus, Source, Teacher, Stage, Prune, Distill)
+    models = (Recipe, Corpus, Source, Teacher, Stage, Prune, Shape, Distill)
     known = sorted({name for model in models for name in model.model_fields})
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""

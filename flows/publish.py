@@ -19,7 +19,14 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from cascade.console import FAMILY_COLUMNS, ConsoleReport, family_rows, figures_text
+from cascade.console import (
+    FAMILY_COLUMNS,
+    ConsoleReport,
+    family_rows,
+    figures_text,
+    race_columns,
+    race_rows,
+)
 from cascade.family.job import Job
 
 # A forwarded progress line in this many seconds keeps the run's log readable.
@@ -113,10 +120,16 @@ def publish_index(index: dict[str, Any]) -> None:
         if index["stages"]:
             stage = index["stages"][-1]
             create_table_artifact(
-                [{"figure": name, "value": str(value)} for name, value in stage.items()],
+                [{"figure": name, "value": str(value)} for name, value in stage.items() if name != "race"],
                 key=prefect_key(index["family"], stage["name"]),
                 description=f"stage `{stage['name']}` of family `{index['family']}`",
             )
+            if stage["race"]:
+                create_markdown_artifact(
+                    markdown_table(race_columns(stage), race_rows(stage)),
+                    key=prefect_key(index["family"], stage["name"], "race"),
+                    description=f"race of stage `{stage['name']}`",
+                )
         create_markdown_artifact(
             family_card(index), key=prefect_key(index["family"], "family"), description="family card"
         )
@@ -126,11 +139,15 @@ def publish_index(index: dict[str, Any]) -> None:
 
 def family_card(index: dict[str, Any]) -> str:
     """The family as Markdown. S3 URIs stand as code: the UI strips links to them."""
-    lines = [f"# Family {index['family']}", "", row(FAMILY_COLUMNS), row(["---"] * len(FAMILY_COLUMNS))]
-    lines += [row(cells) for cells in family_rows(index)]
+    lines = [f"# Family {index['family']}", "", markdown_table(FAMILY_COLUMNS, family_rows(index))]
     lines += ["", "Cross-entropy (CE) and KL are held-out, in nats a token.", "", "## Checkpoints", ""]
     lines += [f"- {stage['name']}: `{stage['checkpoint']}`" for stage in index["stages"]]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join([row(columns), row(["---"] * len(columns)), *(row(cells) for cells in rows)])
 
 
 def row(cells: Sequence[str]) -> str:

@@ -13,6 +13,12 @@ BOUND = ("stablelm", "gpt2", "gpt_neox", "opt")
 UNGROUPED = ("gpt2", "gpt_neox", "opt")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 NO_GROUPS = {"num_key_value_heads": None, "head_dim": None}
+# Refused for a rotation: a norm's gain that no matrix takes up, or a norm that subtracts a mean.
+POST_NORMS = ("gemma2", "gemma3_text", "olmo2")
+LAYER_NORMS = ("cohere", "starcoder2", "stablelm", "gpt2", "gpt_neox", "opt")
+UNTURNED = POST_NORMS + LAYER_NORMS
+# Plain, scaled embeddings and two windows, fused, LayerNorm with bound heads, experts: in every test run.
+CORE = ("llama", "gemma2", "phi3", "gpt2", "gpt_oss")
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},

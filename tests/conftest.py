@@ -7,12 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.architectures import ARCHITECTURES, CORE
 from tests.s3_server import S3Server
 from tests.tiny import make_corpus, make_parent
 
 # Tiny matrices gain nothing from a second thread and lose a lot when the machine is busy. Nodes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of every architecture are slow, but for those of a few that differ most."""
+    for item in items:
+        name = (
+            item.callspec.params.get("name")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        if name in ARCHITECTURES and name not in CORE:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

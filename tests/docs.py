@@ -16,12 +16,13 @@ from cascade.recipe import (
     Prune,
     Recipe,
     Section,
+    Shape,
     Source,
     Stage,
     Teacher,
     load_recipe,
 )
-from tests.architectures import ARCHITECTURES, BOUND, cuts
+from tests.architectures import ARCHITECTURES, BOUND, UNTURNED, cuts
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[Section]] = {
     "teacher.": Teacher,
     "stages[].": Stage,
     "stages[].prune.": Prune,
+    "stages[].prune.shape.": Shape,
     "stages[].distill.": Distill,
 }
 
@@ -60,13 +62,14 @@ def default_text(value: object) -> str:
 
 
 def decoder_table() -> str:
-    """A Markdown table of the architectures that are cut in tests, and on which axes."""
-    lines = [f"| architecture | {' | '.join(Axis)} |", "|---" * (len(Axis) + 1) + "|"]
+    """A Markdown table of the architectures that are cut in tests, on which axes, and whether rotated."""
+    lines = [f"| architecture | {' | '.join(Axis)} | rotation |", "|---" * (len(Axis) + 2) + "|"]
     for name in ARCHITECTURES:
         tested = {axis for sizes in cuts(name).values() for axis in sizes}
         cells = ["yes" if axis in tested else "" for axis in Axis]
         if name in BOUND:
             cells[list(Axis).index(Axis.HIDDEN)] = "with heads"
+        cells.append("" if name in UNTURNED else "yes")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -29,12 +30,33 @@ from cascade.report import SILENT, Report
 from cascade.storage.checkpoints import TrainingCheckpoints
 
 
+@dataclass(frozen=True)
+class Leg:
+    """A part of a training, under the schedule of the whole.
+
+    part: the share of all steps after which it ends. start: the state it goes on from, if any. end: where its
+    last state is stored.
+    """
+
+    part: float = 1.0
+    start: TrainingCheckpoints | None = None
+    end: TrainingCheckpoints | None = None
+
+    def steps(self, whole: int) -> int:
+        """The step it ends after, of so many."""
+        return max(1, round(self.part * whole))
+
+
+WHOLE = Leg()
+
+
 def distill(
     student: PreTrainedModel,
     teacher: Teacher,
     corpus: Corpus,
     *,
     settings: DistillSettings,
+    leg: Leg = WHOLE,
     checkpoints: TrainingCheckpoints | None = None,
     checkpoint_seconds: float = 60.0,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -43,9 +65,10 @@ def distill(
 ) -> list[StepRecord]:
     """Train `student` in place (its parameters become float32) and return one record per step.
 
-    Goes on from the newest checkpoint, bit for bit as if it had not stopped; the records returned
-    then include the steps before it, while `on_step` hears only of new ones. `should_stop` is asked
-    after every micro-batch. On a GPU the forward pass runs in bfloat16 autocast with float32 weights.
+    Goes on from the newest checkpoint, or else from where the leg starts, bit for bit as if it had not
+    stopped; the records returned then include the steps before, while `on_step` hears only of new ones.
+    `should_stop` is asked after every micro-batch. On a GPU the forward pass runs in bfloat16 autocast with
+    float32 weights.
 
     Raises Interrupted (after saving) when asked to stop, CascadeError on a non-finite loss or
     gradient (naming step and rows; the checkpoints before it are kept), InputError for a student,
@@ -58,12 +81,16 @@ def distill(
     torch.manual_seed(settings.seed)
     optimizer = adamw(student, settings.weight_decay)
     identity = {**plan.record(), "corpus": corpus.identity}
-    progress = training_state.restore(checkpoints, student, optimizer, identity) if checkpoints else None
+    progress = None
+    for states in (checkpoints, leg.start):
+        if states and not progress:
+            progress = training_state.restore(states, student, optimizer, identity)
     if progress:
         report.log(f"resumed after step {len(progress.steps)} of {plan.steps}")
     progress = progress or Progress(identity)
     saved, saved_steps = time.monotonic(), len(progress.steps)
-    while (step := len(progress.steps)) < plan.steps:
+    last = leg.steps(plan.steps)
+    while (step := len(progress.steps)) < last:
         started = time.monotonic()
         random = training_state.random_state(device_of(student))
         rows = [corpus.row(position) for position in plan.positions(step)]
@@ -96,6 +123,10 @@ def distill(
             random = training_state.random_state(device_of(student))
             training_state.save(checkpoints, student, optimizer, random, progress)
             saved, saved_steps = time.monotonic(), step + 1
+    if leg.end:
+        training_state.save(
+            leg.end, student, optimizer, training_state.random_state(device_of(student)), progress
+        )
     student.eval()
     return progress.steps
 

@@ -6,6 +6,7 @@ N tokens, D student hidden size, E teacher hidden size, V vocabulary, C tokens o
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +39,22 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, teacher: Teacher, corpus: Corpus, rows: int, *, report: Report = SILENT
+    model: PreTrainedModel,
+    teacher: Teacher,
+    corpus: Corpus,
+    rows: Sequence[int],
+    *,
+    part: Part = Part.HELD_OUT,
+    report: Report = SILENT,
 ) -> Metrics:
-    """Measure `model` on the first `rows` held-out rows. Sums are float64.
+    """Measure `model` on some rows of a part of the corpus. Sums are float64.
 
-    Raises InputError for a model whose vocabulary or head does not fit, or when `rows` is below one.
+    Raises InputError for a model whose vocabulary or head does not fit, or for no rows.
     """
-    if rows < 1:
+    if not rows:
         raise InputError(
             "an evaluation needs at least one held-out row",
-            value=rows,
+            value=len(rows),
             where="corpus.held_out_tokens",
             remedy="raise it, or hold out a larger share of the corpus",
         )
@@ -60,15 +67,15 @@ def evaluate(
         )
     model.eval()
     device = device_of(model)
-    check_head(model, batch_ids(corpus, Part.HELD_OUT, [0], device)[0])
+    check_head(model, batch_ids(corpus, part, rows[:1], device)[0])
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     parent_head = teacher.head.to(device, torch.float32)
     chunk, seconds = chunk_tokens(len(parent_head)), 0.0
     size = max(1, BATCH_TOKENS // corpus.sequence_length)
-    for start in range(0, rows, size):
-        part = range(start, min(start + size, rows))
-        ids_BT = batch_ids(corpus, Part.HELD_OUT, part, device)
-        teacher_NE = teacher.hidden(Part.HELD_OUT, part)[:, :-1].flatten(0, 1).to(device)
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        ids_BT = batch_ids(corpus, part, some, device)
+        teacher_NE = teacher.hidden(part, some)[:, :-1].flatten(0, 1).to(device)
         began = _now(device)
         model_ND = final_states(model, ids_BT)[:, :-1].flatten(0, 1)
         seconds += _now(device) - began
@@ -78,8 +85,9 @@ def evaluate(
             seconds += _now(device) - began
             parent_CV = teacher_NE[cut] @ parent_head.T
             sums += _compare(logits_CV.float(), parent_CV, ids_BT[:, 1:].flatten()[cut])
-        report.progress(part.stop * corpus.sequence_length, rows * corpus.sequence_length, "tokens")
-    targets = rows * (corpus.sequence_length - 1)
+        done = (start + len(some)) * corpus.sequence_length
+        report.progress(done, len(rows) * corpus.sequence_length, "tokens")
+    targets = len(rows) * (corpus.sequence_length - 1)
     ce, kl, agreed = (sums / targets).tolist()
     return Metrics(ce, kl, agreed, targets / seconds, targets)
 

@@ -9,20 +9,18 @@ from pathlib import Path
 
 import torch
 
-from cascade.architecture import Architecture
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
 from cascade.distillation.states import check_head
-from cascade.errors import InputError
-from cascade.family.graph import Graph, Parent, build_graph
+from cascade.family.graph import Graph, Node, Parent, build_graph
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
+from cascade.family.planner import FamilyPlanner
+from cascade.family.race import race
 from cascade.family.runner import Outcome
 from cascade.models.decoder import Decoder, decoder_of, empty_model_of
 from cascade.models.sources import load_config, resolve_parent
-from cascade.planning.axes import DEFAULT_AXES, Axis
-from cascade.planning.plan import plan_child
-from cascade.pruning.proof import TOKENS, Proof, proof_of, random_miniature
+from cascade.pruning.proof import TOKENS, proof_of, random_miniature
 from cascade.recipe import Options, Recipe
 from cascade.storage.locations import check_store, open_location
 from cascade.storage.manifest import Manifest
@@ -61,8 +59,8 @@ def plan_family(recipe: Recipe, cache: Path) -> Graph:
     decoder = decoder_of(model)
     require_plain_head(decoder)
     parent = Parent(recipe.parent, source.fingerprint, decoder.architecture)
-    plans = plan_stages(recipe, decoder.architecture, proof_of(decoder))
-    return build_graph(recipe, parent, plans, prints)
+    planner = FamilyPlanner(recipe, decoder, proof_of(decoder), cache / "latency" / source.fingerprint[:12])
+    return build_graph(recipe, parent, planner, prints)
 
 
 def require_plain_head(decoder: Decoder) -> None:
@@ -71,42 +69,6 @@ def require_plain_head(decoder: Decoder) -> None:
     # A soft cap shows only where logits are large.
     small.get_output_embeddings().weight.mul_(LARGE)
     check_head(small, torch.arange(TOKENS))
-
-
-def plan_stages(recipe: Recipe, original: Architecture, proof: Proof) -> tuple[Architecture, ...]:
-    """The architecture of every child; each is no larger than the one before on any axis.
-
-    proof: on which axes the parent can be cut exactly.
-    """
-    seed, plans = original, []
-    for stage in recipe.stages:
-        prune = stage.prune
-        try:
-            axes = allowed_axes(prune.axes, proof)
-            seed = plan_child(original, seed, parameters=prune.parameters, ratio=prune.ratio, axes=axes)
-        except InputError as error:
-            error.where = f"stage {stage.name}, {error.where}"
-            raise
-        plans.append(seed)
-    return tuple(plans)
-
-
-def allowed_axes(asked: tuple[Axis, ...], proof: Proof) -> tuple[Axis, ...]:
-    """The axes asked for, or the default ones that the parent allows.
-
-    Raises InputError for one that it does not allow, or if it allows none, with the reason.
-    """
-    refused = [axis for axis in asked or DEFAULT_AXES if axis in proof.refused]
-    allowed = tuple(axis for axis in asked or DEFAULT_AXES if axis not in proof.refused)
-    if allowed and not (asked and refused):
-        return allowed
-    reasons = "; ".join(f"{axis}: {proof.refused[axis]}" for axis in refused)
-    raise InputError(
-        f"the parent cannot be cut exactly: {reasons}",
-        value=", ".join(refused),
-        where="prune.axes",
-        remedy=f"cut other axes: {proof.others()}",
-    )
 
 
 def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = lambda index: None) -> Json:
@@ -118,19 +80,34 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
     store = open_location(options.store)
     check_store(store)
     done: dict[str, Outcome] = {}
-    index: Json = {}
     rebuilt = has_index(graph, store)
-    ends = {graph.evaluated.key, *(stage.evaluated.key for stage in graph.stages)}
-    for node in graph:
-        done[node.key] = run(job_of(node, options))
-        if node is graph.corpus:
-            require_enough(graph, done[node.key].manifest)
-        if node.key in ends:
-            index = family_index(graph, store, done, options.run)
-            on_index(index)
-            # An interrupted rebuild must not hide the stages of the build before it.
-            if not rebuilt or len(index["stages"]) == len(graph.stages):
-                write_index(index, store)
+
+    def make(node: Node) -> Manifest:
+        if node.key not in done:
+            done[node.key] = run(job_of(node, options))
+        return done[node.key].manifest
+
+    def publish(graph: Graph) -> Json:
+        index = family_index(graph, store, done, options.run)
+        on_index(index)
+        # An interrupted rebuild must not hide the stages of the build before it.
+        if not rebuilt or len(index["stages"]) == len(graph.stages):
+            write_index(index, store)
+        return index
+
+    require_enough(graph, make(graph.corpus))
+    for node in graph.trunk:
+        make(node)
+    index = publish(graph)
+    for place in range(len(graph.stages)):
+        stage = graph.stages[place]
+        make(stage.importance)
+        if stage.open:
+            graph = graph.decide(stage.stage.name, race(stage, make))
+            stage = graph.stages[place]
+        for node in (stage.pruned, stage.distilled, stage.evaluated):
+            make(node)
+        index = publish(graph)
     return index
 
 

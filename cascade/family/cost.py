@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cascade.architecture import Architecture
 from cascade.importance.method import Method
 
@@ -10,9 +12,13 @@ TRAINING_FORWARDS = 3
 FORWARDS = {Method.ACTIVATION: 1, Method.TAYLOR: TRAINING_FORWARDS, Method.MAGNITUDE: 0, Method.RANDOM: 0}
 
 
-def importance_flops(model: Architecture, method: Method, context: int) -> int:
-    """One calibration token; none where only weights, or nothing, is looked at."""
-    return FORWARDS[method] * model.forward_flops(context)
+def importance_flops(model: Architecture, method: Method, context: int, drops: Collection[int]) -> int:
+    """One calibration token; none where only weights, or nothing, is looked at.
+
+    A dropped block is measured from the layer after it on: half a forward pass on average.
+    """
+    blocks = sum(model.layers - length + 1 for length in drops)
+    return round((FORWARDS[method] + blocks / 2) * model.forward_flops(context))
 
 
 def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:

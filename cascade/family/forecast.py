@@ -10,7 +10,8 @@ from rich.table import Table
 
 from cascade.architecture import Architecture
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
-from cascade.family.graph import Graph, StageNodes, dial
+from cascade.family.graph import Graph, StageNodes, dial, legs_of
+from cascade.planning.cost import cost_of_cuts
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
 # rate of a large float32 product on 2 cores. Doubtful elsewhere: a forecast, not a promise.
@@ -44,12 +45,31 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
     """Calibration of the seed, training and two evaluations of the child; two stored checkpoints."""
     recipe, parent, child = graph.recipe, graph.original, stage.architecture
     length, stored, prune = recipe.corpus.sequence_length, graph.signals is not None, stage.stage.prune
+    drops = stage.importance.section.get("drops", ())
+    trained = stage.stage.distill.tokens
     flops = (
-        prune.calibration_tokens * importance_flops(seed, prune.importance, length)
-        + stage.stage.distill.tokens * training_flops(child, parent, length, stored)
+        prune.calibration_tokens * importance_flops(seed, prune.resolved.importance, length, drops)
+        + trained * training_flops(child, parent, length, stored)
         + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
     )
-    return Cost(flops, 2 * child.weight_bytes())
+    lost, states = 0.0, 0
+    for leg, standing in race_legs(len(stage.candidates)):
+        # The winner's legs are part of its own training.
+        shapes = [candidate.architecture for candidate in stage.candidates[1:standing]]
+        lost += leg * trained * sum(training_flops(shape, parent, length, stored) for shape in shapes)
+        # Weights and two moments of AdamW.
+        states += 3 * standing * child.weight_bytes()
+    pruned = sum(candidate.architecture.weight_bytes() for candidate in stage.candidates)
+    return Cost(flops + round(lost), child.weight_bytes() + pruned + states)
+
+
+def race_legs(candidates: int) -> list[tuple[float, int]]:
+    """Of each leg of a race the share of a whole training that it adds, and how many run it."""
+    legs, before = [], 0.0
+    for part in legs_of(candidates):
+        legs.append((part - before, candidates))
+        before, candidates = part, -(-candidates // 2)
+    return legs
 
 
 def machine_rate() -> float:
@@ -83,6 +103,25 @@ def plan_table(graph: Graph, rate: float) -> Table:
     total = Cost(sum(cost.flops for cost in costs), sum(cost.stored_bytes for cost in costs))
     table.add_section()
     table.add_row("family", "", *[""] * len(SHAPE_COLUMNS), *cost_cells(total, rate))
+    return table
+
+
+def ranking_table(graph: Graph) -> Table:
+    """For every stage the best shapes within its budget; those that race are marked, then come the next.
+
+    expected rise: of the cross-entropy in nats right after the cut, see `cascade.planning.cost`.
+    """
+    table = Table(title="shapes within each budget, cheapest cuts first", title_justify="left")
+    for column in ("stage", "", *SHAPE_COLUMNS, "expected rise"):
+        table.add_column(column, justify="left" if column in ("stage", "") else "right")
+    for stage in graph.stages:
+        candidates = [candidate.architecture for candidate in stage.candidates]
+        role = "races" if len(candidates) > 1 else "chosen"
+        for shape in (*candidates, *stage.runners_up):
+            rise = f"{cost_of_cuts(graph.original, shape):.2f}"
+            cells = shape_cells(shape)
+            table.add_row(stage.stage.name, role if shape in candidates else "", *cells, rise)
+        table.add_section()
     return table
 
 

@@ -85,7 +85,7 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
     seconds: of the stage's nodes, from the manifests, whichever run made them. reused: the trained
     checkpoint was there before this build. held_out_ce and kl_to_parent are nats a token.
     """
-    nodes = (stage.importance, stage.pruned, stage.distilled, stage.evaluated)
+    nodes = [node for node in stage if node.key in done]
     facts = done[stage.evaluated.key].manifest.facts
     pruned, distilled = facts["pruned"], facts["distilled"]
     return {
@@ -103,4 +103,23 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
         "tokens_per_second": distilled["tokens_per_second"],
         "seconds": round(sum(done[node.key].manifest.seconds for node in nodes), 1),
         "reused": done[stage.distilled.key].reused,
+        "race": race_record(stage, done),
     }
+
+
+def race_record(stage: StageNodes, done: dict[str, Outcome]) -> list[Json]:
+    """The candidates of a stage and their curves; empty without a race.
+
+    curve: tokens trained and cross-entropy in nats a token on rows that no leg trains on, after each leg run.
+    """
+    if len(stage.candidates) == 1:
+        return []
+    return [
+        {
+            "architecture": candidate.architecture.record(),
+            "parameters": candidate.architecture.parameters,
+            "curve": [done[leg.key].manifest.facts["end"] for leg in candidate.legs if leg.key in done],
+            "won": index == stage.winner,
+        }
+        for index, candidate in enumerate(stage.candidates)
+    ]

@@ -16,8 +16,6 @@ from cascade.errors import Interrupted
 from cascade.family.graph import Kind, Node
 from cascade.storage.locations import Location, open_location
 
-# Work of seconds: its process stays for the next node instead of being started anew.
-LIGHT = (Kind.CORPUS, Kind.IMPORTANCE, Kind.PRUNED, Kind.EVALUATED)
 # From the request to stop until a node ends itself, and until its orchestrator kills what is left of it.
 # Prefect kills the orchestrator 30 s after a cancel.
 STOP_SECONDS = 20

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cascade.errors import CascadeError, Interrupted, MachineFault, from_record
-from cascade.family.job import KILL_SECONDS, LIGHT, Job
+from cascade.family.job import KILL_SECONDS, Job
 from cascade.report import Report
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.manifest import Manifest
@@ -35,10 +35,10 @@ class Outcome:
 
 
 class NodeHost:
-    """Runs one job after another; a process that did light work stays for the next job.
+    """Runs one job after another, each in a process that `cascade.node` forks for it.
 
-    Starting a process costs seconds, most of them imports. After heavy work it ends, and its memory
-    with it. Use it as a context manager: on leaving, nothing of it is left running.
+    Starting a process costs seconds, most of them imports; the one that forks has done them. Use it as a
+    context manager: on leaving, nothing of it is left running.
     """
 
     def __init__(self) -> None:
@@ -59,38 +59,37 @@ class NodeHost:
         manifest = read_manifest(job.location)
         if manifest:
             return Outcome(manifest, reused=True)
-        stays = False
+        done = False
         try:
             with tempfile.TemporaryDirectory(prefix="cascade-job-") as folder:
                 path = Path(folder) / "job.json"
                 path.write_text(job.dump(), encoding="utf-8")
                 self._make(job, self._send(path), report)
-            stays = job.kind in LIGHT
+            done = True
         finally:
-            if not stays:
+            if not done:
                 self._close()
         return Outcome(made_by(job), reused=False)
 
     def _send(self, path: Path) -> subprocess.Popen[str]:
         """Hand the job to the process that waits, or to a new one."""
-        if self._process is not None and self._process.poll() is None:
-            with suppress(BrokenPipeError):
-                _pipe(self._process.stdin).write(f"{path}\n")
-                _pipe(self._process.stdin).flush()
-                return self._process
-        self._close()
-        command = [sys.executable, "-m", "cascade.node", str(path), str(os.getpid())]
-        self._process = self._stack.enter_context(node_process(command))
+        if self._process is None or self._process.poll() is not None:
+            self._close()
+            command = [sys.executable, "-m", "cascade.node", "--serve", str(os.getpid())]
+            self._process = self._stack.enter_context(node_process(command))
+        # One that has just died is found out by whoever listens.
+        with suppress(BrokenPipeError):
+            _pipe(self._process.stdin).write(f"{path}\n")
+            _pipe(self._process.stdin).flush()
         return self._process
 
     def _make(self, job: Job, process: subprocess.Popen[str], report: Report) -> None:
         with no_stop_lost(process):
-            done, error, words = _listen(process, report, stays=job.kind in LIGHT)
+            code, error, words = _listen(process, report)
         if error:
             raise error
-        if done:
-            return
-        code = process.wait()
+        if code is None:
+            code = process.wait()
         if code != 0:
             raise _failure(job, code, words)
 
@@ -200,6 +199,8 @@ def no_stop_lost(process: subprocess.Popen[str]) -> Iterator[None]:
     Prefect acknowledges a cancel only while its own is installed.
     """
     swallowed: list[BaseException] = []
+    killer = threading.Timer(KILL_SECONDS, _signal_group, (process, signal.SIGKILL))
+    killer.daemon = True
     before = sys.unraisablehook
 
     def on_unraisable(event: Any) -> None:
@@ -207,27 +208,27 @@ def no_stop_lost(process: subprocess.Popen[str]) -> Iterator[None]:
         if error is None or isinstance(error, Exception):
             before(event)
             return
+        if not swallowed:
+            killer.start()
         swallowed.append(error)
         _signal_group(process, signal.SIGTERM)
-        killer = threading.Timer(KILL_SECONDS, _signal_group, (process, signal.SIGKILL))
-        killer.daemon = True
-        killer.start()
 
     sys.unraisablehook = on_unraisable
     try:
         yield
     finally:
         sys.unraisablehook = before
+        killer.cancel()
     if swallowed:
         raise swallowed[0]
 
 
 def _listen(
-    process: subprocess.Popen[str], report: Report, stays: bool
-) -> tuple[bool, CascadeError | None, list[str]]:
-    """Forward events until the pipe closes, or until the job is done if the process stays after it.
+    process: subprocess.Popen[str], report: Report
+) -> tuple[int | None, CascadeError | None, list[str]]:
+    """Forward events until the job's process has ended, or until the pipe closes.
 
-    Returns whether a process that stays is done, the node's error, and its last plain lines.
+    Returns the job's exit code, None if nobody was left to say it; the node's error; its last plain lines.
     """
     error: CascadeError | None = None
     words: deque[str] = deque(maxlen=LAST_WORDS)
@@ -237,11 +238,11 @@ def _listen(
             words.append(line.rstrip())
         elif event["event"] == "error":
             error = from_record(event["error"])
+        elif event["event"] == "exit":
+            return event["code"], error, list(words)
         else:
             HANDLERS[event["event"]](report, event)
-            if stays and event["event"] == "done":
-                return True, error, list(words)
-    return False, error, list(words)
+    return None, error, list(words)
 
 
 def _event(line: str) -> dict[str, Any] | None:
@@ -250,7 +251,7 @@ def _event(line: str) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and event.get("event") in (*HANDLERS, "error") else None
+    return event if isinstance(event, dict) and event.get("event") in (*HANDLERS, "error", "exit") else None
 
 
 def _forward_log(report: Report, event: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.architecture import Architecture
@@ -17,27 +18,37 @@ from cascade.data import corpus as corpora
 from cascade.data.corpus import Corpus, require_tokens
 from cascade.data.packing import pack
 from cascade.data.sources import Source, documents, fingerprint
-from cascade.distillation.loop import distill
+from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.settings import DistillSettings, rows_of
-from cascade.distillation.signals import OnlineTeacher, StoredTeacher, Teacher, write_signals
+from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, Teacher, write_signals
 from cascade.distillation.states import head_of
+from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Kind
 from cascade.family.workplace import Result, Workplace
-from cascade.importance.method import Method
+from cascade.importance.agreement import doubts
+from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
+from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
 from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
 from cascade.models.sources import ParentSource, load_model, load_tokenizer, resolve_parent
-from cascade.pruning.prune import prune
+from cascade.planning.axes import Axis
+from cascade.pruning.prune import Surgery, prune
+from cascade.pruning.repair import Repair
 from cascade.storage.checkpoints import TrainingCheckpoints
+from cascade.storage.locations import open_location
 
 SCORES = "scores.safetensors"
 STEPS = "steps.jsonl"
 METRICS = "metrics.json"
+STATE = "state"
+# A race is judged on so many tokens at most: enough to tell candidates a hundredth of a nat apart, because
+# all are judged on the same ones.
+JUDGED_TOKENS = 16_384
 
 
 def make_corpus(place: Workplace) -> Result:
@@ -110,34 +121,58 @@ def make_signals(place: Workplace) -> Result:
 
 
 def make_importance(place: Workplace) -> Result:
-    """Scores of the checkpoint that is to be cut, for most methods by one calibration pass."""
-    corpus, section = place.corpus(), place.job.section
-    rows = min(rows_of(section["calibration_tokens"], corpus.sequence_length), len(corpus.train))
+    """Statistics of the checkpoint that is to be cut, for most methods from one calibration pass."""
+    section = place.job.section
+    rows = calibration_rows(place)
     model = read_only(place, "checkpoint")
-    method, seed = Method(section["method"]), section.get("seed", 0)
-    scores = score(model, corpus.train[:rows], method, seed=seed, report=place.report)
-    save_file({name: values.contiguous() for name, values in scores.items()}, place.folder / SCORES)
-    flops = importance_flops(shape_of(model), method, corpus.sequence_length)
-    tokens = rows * corpus.sequence_length if flops else 0
-    return Result({}, tokens, tokens * flops)
+    method, drops = Method(section["method"]), section.get("drops", ())
+    found = score(model, rows, method, drops=drops, seed=section.get("seed", 0), report=place.report)
+    hints = place.job.hints
+    scoring, axes = read_scoring(hints["scoring"]), [Axis(axis) for axis in hints["axes"]]
+    for doubt in doubts(found.agreement, found.tokens, scoring, axes):
+        place.report.log(f"warning: {doubt}")
+    save_file(found.statistics, place.folder / SCORES)
+    flops = importance_flops(shape_of(model), method, rows.shape[1], drops)
+    return Result({"agreement": found.agreement}, rows.numel() if flops else 0, rows.numel() * flops)
+
+
+def read_scoring(record: dict[str, Any]) -> Scoring:
+    """What `asdict` made of a scoring, after its way through JSON."""
+    return Scoring(LayerScore(record["layers"]), record["contiguous"], Aggregation(record["aggregation"]))
+
+
+def calibration_rows(place: Workplace) -> Tensor:
+    """The first training rows, as many as the job's section asks for or as there are."""
+    corpus = place.corpus()
+    rows = rows_of(place.job.section["calibration_tokens"], corpus.sequence_length)
+    return corpus.train[: min(rows, len(corpus.train))]
 
 
 def make_pruned(place: Workplace) -> Result:
     """Cut the checkpoint to the planned architecture."""
-    folder, trust = place.input("checkpoint"), place.job.options.trust_remote_code
-    target = Architecture.from_record(place.job.section["architecture"])
-    model = load_folder(folder, trust_remote_code=trust)
-    child, kept = prune(model, target, load_file(place.input("importance") / SCORES))
+    folder, trust, section = place.input("checkpoint"), place.job.options.trust_remote_code, place.job.section
+    target = Architecture.from_record(section["architecture"])
+    rows = calibration_rows(place) if "calibration_tokens" in section else None
+    # What looks at the corpus runs the model over it.
+    device = place.device if rows is not None else "cpu"
+    model = load_folder(folder, device=device, trust_remote_code=trust)
+    statistics = load_file(place.input("importance") / SCORES)
+    dropped = shape_of(model).layers - target.layers
+    scores = scores_of(statistics, read_scoring(section["scoring"]), dropped)
+    surgery = Surgery(section["rotate"], Repair(section["repair"]))
+    child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=place.report)
     save_model(child, load_folder_tokenizer(folder, trust), place.folder)
     return Result({"parameters": target.parameters, "kept": kept})
 
 
-def make_distilled(place: Workplace) -> Result:
-    """Teach the cut model; the gate admits it before it is published."""
+def train(place: Workplace, leg: Leg) -> Trained:
+    """The job's training, or a leg of it."""
     corpus, folder = place.corpus(), place.input("student")
     trust = place.job.options.trust_remote_code
     student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
     checkpoints = TrainingCheckpoints(place.job.training)
+    if "raced" in place.job.inputs:
+        leg = replace(leg, start=TrainingCheckpoints(open_location(str(place.input("raced") / STATE))))
     teacher, parent = the_teacher(place, corpus)
     with place.stop.cooperative():
         steps = distill(
@@ -145,22 +180,57 @@ def make_distilled(place: Workplace) -> Result:
             teacher,
             corpus,
             settings=DistillSettings(**place.job.section["distill"]),
+            leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
             report=place.report,
             should_stop=place.stop,
         )
-    shape, tokens = shape_of(student), steps[-1].tokens
-    save_model(student, load_folder_tokenizer(folder, trust), place.folder)
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flops = training_flops(shape_of(student), parent, corpus.sequence_length, "signals" in place.job.inputs)
+    return Trained(student, teacher, corpus, steps, flops, checkpoints)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training's end. flops: analytic, of one token."""
+
+    student: PreTrainedModel
+    teacher: Teacher
+    corpus: Corpus
+    steps: list[StepRecord]
+    flops: int
+    checkpoints: TrainingCheckpoints
+
+
+def make_raced(place: Workplace) -> Result:
+    """A leg of a candidate's training: its state, and its loss on rows that no leg trains on."""
+    section = place.job.section
+    end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
+    done = train(place, Leg(section["part"], end=end))
+    settings = DistillSettings(**section["distill"])
+    rows = rows_of(settings.tokens, done.corpus.sequence_length)
+    judged = range(rows - max(1, min(rows // 4, JUDGED_TOKENS // done.corpus.sequence_length)), rows)
+    places = [done.corpus.row(position) for position in judged]
+    metrics = evaluate(done.student, done.teacher, done.corpus, places, part=Part.TRAIN, report=place.report)
+    tokens = done.steps[-1].tokens
+    facts = {"end": {"tokens": tokens, "ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}}
+    return Result(facts, tokens, tokens * done.flops, after_publish=done.checkpoints.delete)
+
+
+def make_distilled(place: Workplace) -> Result:
+    """Teach the cut model; the gate admits it before it is published."""
+    folder, trust = place.input("student"), place.job.options.trust_remote_code
+    done = train(place, WHOLE)
+    save_model(done.student, load_folder_tokenizer(folder, trust), place.folder)
     facts = {
-        "first": asdict(steps[0]),
-        "last": asdict(steps[-1]),
-        "gate": gate(place.folder, shape.parameters),
+        "first": asdict(done.steps[0]),
+        "last": asdict(done.steps[-1]),
+        "gate": gate(place.folder, shape_of(done.student).parameters),
     }
-    flops = tokens * training_flops(shape, parent, corpus.sequence_length, "signals" in place.job.inputs)
-    return Result(facts, tokens, flops, after_publish=checkpoints.delete)
+    tokens = done.steps[-1].tokens
+    return Result(facts, tokens, tokens * done.flops, after_publish=done.checkpoints.delete)
 
 
 def make_evaluated(place: Workplace) -> Result:
@@ -173,7 +243,7 @@ def make_evaluated(place: Workplace) -> Result:
     flops, tokens = 0, rows * corpus.sequence_length
     for name in names:
         model = read_only(place, name)
-        facts[name] = asdict(evaluate(model, teacher, corpus, rows, report=place.report))
+        facts[name] = asdict(evaluate(model, teacher, corpus, range(rows), report=place.report))
         flops += tokens * evaluation_flops(
             shape_of(model), parent, corpus.sequence_length, "signals" in place.job.inputs
         )
@@ -211,6 +281,7 @@ WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.SIGNALS: make_signals,
     Kind.IMPORTANCE: make_importance,
     Kind.PRUNED: make_pruned,
+    Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
     Kind.EVALUATED: make_evaluated,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ from cascade.importance.probes import AttentionProbe, FfnProbe, HiddenProbe, Pro
 from cascade.importance.streams import Streams
 from cascade.models.decoder import Decoder, decoder_of
 from cascade.report import SILENT, Report
+
+
+class Hooked(Protocol):
+    """Whatever listens to a model's modules."""
+
+    def attach(self) -> Sequence[AbstractContextManager[object]]:
+        """What the caller enters, and leaves to have the model as it was."""
+
+
+class Watching(Protocol):
+    """Whatever saw the stream at every place."""
+
+    def first_broken(self) -> int | None:
+        """The first place that was not finite: 0 the embeddings, i the output of layer i - 1."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def require_rows(rows: Tensor) -> None:
         )
 
 
-def require_finite(streams: Streams, decoder: Decoder) -> None:
+def require_finite(streams: Watching, decoder: Decoder) -> None:
     """Raise InputError that names the first layer whose output held an infinity or a NaN."""
     place = streams.first_broken()
     if place is None:
@@ -127,7 +142,7 @@ def require_finite(streams: Streams, decoder: Decoder) -> None:
 
 
 @contextmanager
-def attached(hooked: Sequence[Streams | Probe]) -> Iterator[None]:
+def attached(hooked: Sequence[Hooked]) -> Iterator[None]:
     """The hooks are on inside and off afterwards, also after an error."""
     with ExitStack() as stack:
         for part in hooked:

@@ -1,60 +1,92 @@
-"""The one dial of a stage, resolved into a count that a child may not exceed."""
+"""The dial of a stage, resolved into what a child may not exceed.
+
+Every measure is linear in the FFN size, so that the planner finds the widest FFN by division.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cascade.architecture import Architecture
 from cascade.errors import InputError
 
+Measure = Callable[[Architecture], float]
+
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` parameters, counted with or without the embeddings; `dial` is what the user wrote."""
+    """At most `limit` of what `measure` finds.
 
-    limit: int
-    embeddings: bool
-    dial: str
-
-    def spent(self, architecture: Architecture) -> int:
-        """What `architecture` counts against the limit."""
-        return architecture.parameters if self.embeddings else architecture.non_embedding_parameters
-
-    def dial_for(self, architecture: Architecture, original: Architecture) -> str:
-        """The dial's value that asks for exactly `architecture`, ready for an error's remedy."""
-        if self.embeddings:
-            return f"parameters: {architecture.parameters}"
-        share = architecture.non_embedding_parameters / original.non_embedding_parameters
-        # Rounded up: rounding down would ask for less than this shape and fail again.
-        return f"ratio: {-(-share * 10**4 // 1) / 10**4:g}"
-
-
-def resolve_budget(original: Architecture, *, parameters: int | None, ratio: float | None) -> Budget:
-    """The budget of one child.
-
-    parameters: the child's total. ratio: the share of the ORIGINAL parent's non-embedding parameters.
-    Raises InputError when both or none are given, or when one is out of range.
+    unit: what is counted, for a person. dial: what the user wrote. ask: the dial that asks for just so much.
     """
-    where = "prune"
-    if parameters is not None and ratio is not None:
-        raise InputError(
-            "two dials set the size of one child",
-            value=f"parameters: {parameters}, ratio: {ratio:g}",
-            where=where,
-            remedy="keep one of `parameters` and `ratio`",
-        )
-    if parameters is not None:
-        if parameters < 1:
-            raise InputError("a child needs parameters", value=parameters, where=where, remedy="ask for more")
-        return Budget(parameters, embeddings=True, dial=f"parameters: {parameters}")
-    if ratio is None:
-        raise InputError("no size is set for the child", where=where, remedy="set `parameters` or `ratio`")
-    if not 0 < ratio < 1:
-        raise InputError(
-            "the ratio is the share of the parent that stays",
-            value=f"ratio: {ratio:g}",
-            where=where,
-            remedy="set a number between 0 and 1, such as 0.85",
-        )
-    limit = int(ratio * original.non_embedding_parameters)
-    return Budget(limit, embeddings=False, dial=f"ratio: {ratio:g}")
+
+    limit: float
+    measure: Measure
+    unit: str
+    dial: str
+    ask: Callable[[float], str]
+
+    def below(self, architecture: Architecture) -> Budget:
+        """The same with a limit that `architecture` just misses."""
+        limit = self.measure(architecture) * (1 - 1e-9)
+        return Budget(limit, self.measure, self.unit, self.ask(limit), self.ask)
+
+    def dial_for(self, architecture: Architecture) -> str:
+        """The dial that asks for exactly `architecture`, ready for an error's remedy."""
+        return self.ask(self.measure(architecture))
+
+
+def parameter_budget(parameters: int) -> Budget:
+    """The child's parameters in total, embeddings included; raises InputError below 1."""
+    in_range(parameters >= 1, "a child needs parameters", f"parameters: {parameters}", "ask for more")
+
+    def ask(count: float) -> str:
+        return f"parameters: {count:.0f}"
+
+    return Budget(parameters, lambda shape: shape.parameters, "parameters", ask(parameters), ask)
+
+
+def ratio_budget(original: Architecture, ratio: float) -> Budget:
+    """A share of the ORIGINAL parent's non-embedding parameters; raises InputError outside (0, 1)."""
+    what, remedy = "the ratio is the share of the parent that stays", "set a number between 0 and 1"
+    in_range(0 < ratio < 1, what, f"ratio: {ratio:g}", remedy)
+    whole = original.non_embedding_parameters
+
+    def ask(count: float) -> str:
+        # Rounded up: rounding down would ask for less than this shape and fail again.
+        return f"ratio: {-(-count / whole * 10**4 // 1) / 10**4:g}"
+
+    def measure(shape: Architecture) -> float:
+        return shape.non_embedding_parameters
+
+    return Budget(int(ratio * whole), measure, "non-embedding parameters", f"ratio: {ratio:g}", ask)
+
+
+def memory_budget(limit: int, context: int, bytes_per_value: int) -> Budget:
+    """Bytes of the weights and of one sequence's KV cache at `context` tokens; raises InputError below 1."""
+    in_range(limit >= 1, "a child needs memory", f"memory: {limit}", "ask for more")
+
+    def ask(count: float) -> str:
+        return f"memory: {-(-count // 1):.0f}"
+
+    def measure(shape: Architecture) -> float:
+        return shape.weight_bytes(bytes_per_value) + shape.kv_cache_bytes(context, bytes_per_value)
+
+    return Budget(limit, measure, f"bytes of weights and a KV cache of {context:,} tokens", ask(limit), ask)
+
+
+def latency_budget(limit: float, measure: Measure) -> Budget:
+    """Milliseconds of a forward pass, as a model of this machine predicts them (see evaluation.latency)."""
+    in_range(limit > 0, "a forward pass takes time", f"latency: {limit:g}", "ask for more")
+
+    def ask(milliseconds: float) -> str:
+        return f"latency: {-(-milliseconds * 10**3 // 1) / 10**3:g}"
+
+    return Budget(limit, measure, "ms of a forward pass", f"latency: {limit:g}", ask)
+
+
+def in_range(valid: bool, what: str, value: str, remedy: str) -> None:
+    """Raise InputError unless a dial's value is valid."""
+    if not valid:
+        raise InputError(what, value=value, where="prune", remedy=remedy)

@@ -16,11 +16,13 @@ class Space:
 
     The steps between sizes follow from the original, so that a small child keeps the friendly multiples
     of the family's first parent, and cutting in stages draws from the same sizes as cutting at once.
+    rotates: a cut of the hidden size rotates the channels first, and its child has a head of its own.
     """
 
     original: Architecture
     seed: Architecture
     axes: tuple[Axis, ...]
+    rotates: bool = False
 
     def bodies(self) -> Iterator[Architecture]:
         """All legal combinations of the other sizes, with the seed's FFN."""
@@ -29,7 +31,7 @@ class Space:
                 for hidden in self.hidden_sizes(kv_groups * per_group):
                     for layers in self.sizes(Axis.LAYERS):
                         for experts in self.sizes(Axis.EXPERTS):
-                            yield replace(
+                            body = replace(
                                 self.seed,
                                 layers=layers,
                                 kv_groups=kv_groups,
@@ -37,6 +39,8 @@ class Space:
                                 hidden=hidden,
                                 experts=experts,
                             )
+                            rotated = self.rotates and hidden < self.seed.hidden
+                            yield untied(body) if rotated else body
 
     def sizes(self, axis: Axis) -> range:
         """Sizes from the seed's downwards, on an axis without steps; of experts no fewer than are active."""
@@ -58,7 +62,7 @@ class Space:
     def within(self, budget: Budget) -> Iterator[Architecture]:
         """Legal shapes that meet `budget`: for every body the widest FFN that still fits.
 
-        A narrower one costs more quality and is never better. The count is linear in F, so the widest is
+        A narrower one costs more quality and is never better. Every measure is linear in F, so the widest is
         found by division, not by trying.
         """
         for body in self.bodies():
@@ -68,16 +72,21 @@ class Space:
 
     def widest_ffn(self, body: Architecture, budget: Budget) -> int:
         """The largest legal FFN size that keeps `body` within `budget`; 0 if there is none."""
-        spent = budget.spent(body)
+        spent = budget.measure(body)
         if spent <= budget.limit:
             return body.ffn
         if Axis.FFN not in self.axes:
             return 0
-        neuron = spent - budget.spent(replace(body, ffn=body.ffn - 1))
+        neuron = spent - budget.measure(replace(body, ffn=body.ffn - 1))
         step = ffn_step(self.original.ffn)
-        return max(0, (budget.limit - spent + body.ffn * neuron) // neuron // step * step)
+        return max(0, int((budget.limit - spent + body.ffn * neuron) // neuron) // step * step)
 
     def smallest(self, budget: Budget) -> Architecture:
         """The legal shape that counts least against `budget`, whatever its limit."""
         ffn = min(ffn_step(self.original.ffn), self.seed.ffn) if Axis.FFN in self.axes else self.seed.ffn
-        return min((replace(body, ffn=ffn) for body in self.bodies()), key=budget.spent)
+        return min((replace(body, ffn=ffn) for body in self.bodies()), key=budget.measure)
+
+
+def untied(architecture: Architecture) -> Architecture:
+    """The same with an LM head of its own."""
+    return replace(architecture, counts=replace(architecture.counts, tied=False))

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import InputError
-from cascade.importance.calibration import attached, evaluating, require_finite, require_rows
-from cascade.importance.probes import Inputs, StreamProbe
+from cascade.importance.calibration import require_rows
+from cascade.importance.passes import run_over
 from cascade.models.decoder import Decoder
 from cascade.models.entries import Entries, positions_of
 from cascade.pruning.selection import Kept
@@ -83,7 +83,7 @@ class Moments:
         self.sum_n = torch.zeros(reader.size, dtype=exact, device=device)
         self.products_nS = torch.zeros(reader.size, len(reader.stays), dtype=exact, device=device)
 
-    def read(self, module: nn.Module, inputs: Inputs) -> None:
+    def read(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A pre-hook of the reader: products of a batch are float32, because float64 is slow on most GPUs."""
         z_Nn = inputs[0].flatten(0, -2).float()
         if self.reader.bias is not None:
@@ -184,16 +184,10 @@ class Part:
 
 def stream(decoder: Decoder, sums: Iterable[Moments], rows: Tensor, batch: int, part: Part) -> None:
     """One pass of the tokens through the model while `sums` read."""
-    watch, done = StreamProbe(decoder), 0
-    with ExitStack() as hooks, attached([watch]), evaluating(decoder.model):
+    with ExitStack() as hooks:
         for moments in sums:
             hooks.callback(moments.reader.module.register_forward_pre_hook(moments.read).remove)
-        for batch_BT in rows.split(batch):
-            ids_BT = batch_BT.long().to(decoder.model.device)
-            decoder.model.base_model(input_ids=ids_BT, use_cache=False)
-            require_finite(watch, decoder)
-            done += batch_BT.numel()
-            part.progress(done, rows.numel())
+        run_over(decoder, rows, batch=batch, progress=part.progress)
 
 
 def fitted(moments: Moments, damping: float) -> dict[str, Tensor]:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError
-from cascade.importance.calibration import attached, evaluating, require_finite, require_rows
-from cascade.importance.probes import StreamProbe
+from cascade.importance.calibration import require_rows
+from cascade.importance.passes import run_over
 from cascade.models.decoder import Decoder, decoder_of
 from cascade.models.entries import Entries
 from cascade.report import SILENT, Report
@@ -70,15 +71,10 @@ def principal_basis(
     require_rows(rows)
     decoder = decoder_of(model)
     require_layers(layers, len(decoder.layers))
-    stream, moment = StreamProbe(decoder), SecondMoment(decoder, layers)
-    done = 0
-    with attached([stream]), evaluating(model), ExitStack() as stack:
+    moment = SecondMoment(decoder, layers)
+    with ExitStack() as stack:
         moment.attach(stack)
-        for batch_BT in rows.split(batch):
-            decoder.model.base_model(input_ids=batch_BT.long().to(model.device), use_cache=False)
-            require_finite(stream, decoder)
-            done += batch_BT.numel()
-            report.progress(done, rows.numel(), "tokens")
+        run_over(decoder, rows, batch=batch, progress=partial(report.progress, unit="tokens"))
     return components(moment.mean().cpu())
 
 

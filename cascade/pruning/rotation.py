@@ -19,19 +19,18 @@ projection onto them, and `cascade.pruning.rescaling` keeps the scale that RMSNo
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cascade.architecture import Architecture
 from cascade.errors import CascadeError, InputError
 from cascade.models.anatomy import Dimensions, Misfit
 from cascade.models.configs import BUILD_ERRORS
 from cascade.models.decoder import Decoder, decoder_of, decoder_with
 from cascade.models.entries import Entries
 from cascade.models.norms import NormKind
+from cascade.planning.shapes import untied
 from cascade.pruning.child import child_config, empty_model
 from cascade.pruning.proof import TOKENS, TOLERANCE, random_miniature
 from cascade.pruning.wiring import Wiring, norms_by_path, read_along, wiring_of
@@ -49,7 +48,7 @@ def rotated(decoder: Decoder, basis: Tensor) -> PreTrainedModel:
 
     basis: [D, D], orthogonal, of any floating type; column i is the new channel i in the old ones. Every
     parameter is computed in float64 and rounded once. Gains of hidden norms come out as one (zero where a
-    class adds one), embeddings untied (`untied`). `decoder` is not changed. The memory needed is that of the
+    class adds one), embeddings untied. `decoder` is not changed. The memory needed is that of the
     new model and of a few copies of one parameter. Raises InputError for a class that cannot be rotated
     exactly and for a basis that is none.
     """
@@ -64,11 +63,6 @@ def rotation_refusal(decoder: Decoder) -> str:
     """Why the class of `decoder` cannot be rotated exactly, or ""; found out once in a process."""
     found = proved_wiring(decoder)
     return found.reason if isinstance(found, Misfit) else ""
-
-
-def untied(architecture: Architecture) -> Architecture:
-    """The same with a head of its own, which counts: the shape of a rotated model and of its children."""
-    return replace(architecture, counts=replace(architecture.counts, tied=False))
 
 
 def refusal(decoder: Decoder, reason: str) -> InputError:

@@ -90,7 +90,33 @@ def scaled_logits(tree: Tree, folder: Path) -> list[str]:
     return ["the LM head of granite"]
 
 
+def absent_axis(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][0]["prune"]["axes"] = ["experts"]
+    return ["experts: it has none", "stage large"]
+
+
+def odd_hidden_size(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][0]["prune"] = {"shape": {"hidden": 50}}
+    return ["hidden: 50", "the nearest legal sizes: 48, 52", "stage large"]
+
+
+def rotated_layer_norms(tree: Tree, folder: Path) -> list[str]:
+    parent = make_parent(folder / "stablelm", "starcoder2", tie_word_embeddings=False)
+    tree["parent"] = str(parent)
+    tree["stages"][0]["prune"] = {"ratio": 0.6, "preset": "ministral3", "axes": ["hidden"]}
+    return ["LayerNorm", "starcoder2", "stage large"]
+
+
+def contradicted_preset(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][0]["prune"] |= {"preset": "minitron", "aggregation": "mean"}
+    return ["preset minitron sets `aggregation` to l2_mean"]
+
+
 CASES = [
+    absent_axis,
+    odd_hidden_size,
+    rotated_layer_norms,
+    contradicted_preset,
     capped_logits,
     scaled_logits,
     unknown_key,

@@ -70,10 +70,14 @@ def cut(model: PreTrainedModel, sizes: dict[str, int]) -> tuple[PreTrainedModel,
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """What a fresh process measures on every child, by architecture and cut."""
+def fresh(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, float]]:
+    """What a fresh process measures on every child, by architecture and cut, of the tests that run."""
     root = tmp_path_factory.mktemp("children")
-    for name in ARCHITECTURES:
+    mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    asked = {item.callspec.params["name"] for item in mine if "fresh" in item.fixturenames}
+    for name in sorted(asked):
         model = parent(name)
         for which, sizes in cuts(name).items():
             child, kept, _ = cut(model, sizes)

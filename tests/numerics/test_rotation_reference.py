@@ -17,26 +17,20 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cascade.models.decoder import decoder_of
+from cascade.planning.shapes import untied
 from cascade.pruning import rotation
 from cascade.pruning.principal import principal_basis
 from cascade.pruning.prune import prune
-from cascade.pruning.rotation import random_basis, rotated, rotation_refusal, untied
-from tests.architectures import ARCHITECTURES, tiny
+from cascade.pruning.rotation import random_basis, rotated, rotation_refusal
+from tests.architectures import ARCHITECTURES, LAYER_NORMS, POST_NORMS, tiny
 from tests.numerics.masking import masked
 from tests.numerics.test_pruning_exact import EPSILON, tokens
 from tests.tiny import make_model
 
 TOLERANCE = 1e-4
 REFUSED = {
-    "gemma2": "post_attention_layernorm goes into no matrix",
-    "gemma3_text": "post_attention_layernorm goes into no matrix",
-    "olmo2": "post_attention_layernorm goes into no matrix",
-    "cohere": "is a LayerNorm",
-    "starcoder2": "is a LayerNorm",
-    "stablelm": "is a LayerNorm",
-    "gpt2": "is a LayerNorm",
-    "gpt_neox": "is a LayerNorm",
-    "opt": "is a LayerNorm",
+    **dict.fromkeys(POST_NORMS, "post_attention_layernorm goes into no matrix"),
+    **dict.fromkeys(LAYER_NORMS, "is a LayerNorm"),
 }
 ROTATED = [name for name in ARCHITECTURES if name not in REFUSED]
 L, D, H, G, HEAD, NARROW, EPS = 4, 64, 4, 2, 16, 40, 0.05

