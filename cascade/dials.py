@@ -110,10 +110,10 @@ class Prune(Section):
         False, 11, "Rotate", "Cut hidden channels after a PCA rotation; the child's embeddings come untied."
     )
     repair: Repair = setting(
-        Repair.NONE,
+        Repair.LEAST_SQUARES,
         12,
         "Repair",
-        "least_squares: fit what reads cut neurons or heads anew; fold_heads: Minitron's residual folding.",
+        "least_squares: fit what reads cut neurons or heads anew; fold_heads: residual folding; none.",
     )
     calibration_tokens: Count = setting(
         8192, 13, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
