@@ -156,17 +156,26 @@ def race_columns(stage: Json) -> list[str]:
 def race_rows(stage: Json) -> list[list[str]]:
     """The candidates as text cells, those that ran longest first."""
     legs = max(len(candidate["curve"]) for candidate in stage["race"])
-    ordered = sorted(stage["race"], key=lambda one: (-len(one["curve"]), one["curve"][-1]["ce"]))
+    ordered = sorted(
+        stage["race"], key=lambda one: (-len(one["curve"]), [end["ce"] for end in one["curve"][-1:]])
+    )
     return [
         [
             shape_text(one["architecture"]),
             f"{one['parameters']:,}",
             *(f"{end['ce']:.3f}" for end in one["curve"]),
             *[""] * (legs - len(one["curve"])),
-            "won" if one["won"] else f"out after {one['curve'][-1]['tokens']:,} tokens",
+            race_outcome(one),
         ]
         for one in ordered
     ]
+
+
+def race_outcome(candidate: Json) -> str:
+    """How far a candidate came."""
+    if candidate["won"]:
+        return "won"
+    return f"out after {candidate['curve'][-1]['tokens']:,} tokens" if candidate["curve"] else "failed"
 
 
 def shape_text(sizes: Json) -> str:

@@ -76,7 +76,7 @@ class Prune(Section):
         Preset.NONE,
         5,
         "Preset",
-        "ministral3 or minitron: prune as published; sets the fields from `axes` to `repair`.",
+        "ministral3 or minitron: prune as published; replaces the defaults from `axes` to `repair`.",
     )
     axes: tuple[Axis, ...] = setting(
         (),
@@ -98,7 +98,10 @@ class Prune(Section):
         "Of `activation`: block_influence, norm_ratio, or perplexity or logit_mse when the layer is dropped.",
     )
     contiguous_layers: bool = setting(
-        False, 9, "Contiguous layers", "Drop one block of layers, the least important of its length."
+        False,
+        9,
+        "Contiguous layers",
+        "Of `activation`: drop the least important block of layers.",
     )
     aggregation: Aggregation = setting(
         Aggregation.RMS,
@@ -142,6 +145,10 @@ class Prune(Section):
             raise ValueError(f"set exactly one of {names}, or sizes in `shape`")
         if self.shape.sizes() and self.candidates > 1:
             raise ValueError("`candidates` are shapes that meet a dial; `shape` leaves only one")
+        for name in ("layer_score", "contiguous_layers", "aggregation"):
+            given = getattr(self, name)
+            if self.importance is not Method.ACTIVATION and given != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to importance activation, not {self.importance.value}")
         for name, value in FIELDS[self.preset].items():
             given, default = getattr(self, name), type(self).model_fields[name].default
             if given not in (default, value):

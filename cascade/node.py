@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cascade.family.job import Job, JsonReport, StopSignal
 
 SERVE = "--serve"
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 
@@ -120,12 +122,16 @@ def serve(parent: int) -> int:
     import cascade.family.work  # noqa: F401
 
     while not asked.to_stop and (path := sys.stdin.readline().strip()):
+        # A request to stop that comes between the fork and the next lines waits for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         asked.child = os.fork()
         if asked.child == 0:
             os._exit(child(path))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         code = os.waitstatus_to_exitcode(os.waitpid(asked.child, 0)[1])
         asked.child = None
-        print(json.dumps({"event": "exit", "code": code}), flush=True)
+        # What the child wrote last may lack the end of its line.
+        print("\n" + json.dumps({"event": "exit", "code": code}), flush=True)
     return Interrupted.exit_code if asked.to_stop else 0
 
 
@@ -149,7 +155,9 @@ class Asked:
 
 def child(path: str) -> int:
     """A forked process's work; its exit code. It must not run what the server has open behind it."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     code = 1
     try:
         code = run_file(path)
@@ -157,7 +165,10 @@ def child(path: str) -> int:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # Nobody may be left to read it.
+        with suppress(BrokenPipeError):
+            stream.flush()
     return code
 
 

@@ -31,6 +31,7 @@ FIELDS: dict[Preset, dict[str, Any]] = {
     Preset.MINISTRAL3: {
         "importance": Method.ACTIVATION,
         "layer_score": LayerScore.NORM_RATIO,
+        "contiguous_layers": False,
         "aggregation": Aggregation.MEAN,
         "rotate": True,
         "repair": Repair.NONE,
@@ -38,6 +39,7 @@ FIELDS: dict[Preset, dict[str, Any]] = {
     Preset.MINITRON: {
         "importance": Method.ACTIVATION,
         "layer_score": LayerScore.PERPLEXITY,
+        "contiguous_layers": False,
         "aggregation": Aggregation.L2_MEAN,
         "rotate": False,
         "repair": Repair.FOLD_HEADS,

@@ -7,6 +7,8 @@ head; the four rates are fitted to measurements of the parent's class at its own
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from cascade.architecture import Architecture
@@ -64,13 +65,24 @@ class Bench:
         """Median of several forward passes with logits over one row, without a KV cache."""
         config = configs.resized(self.config, shape, self.anatomy.form, range(shape.layers))
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        with self.device:
+        # Random weights and tokens, so that routers spread them over all experts.
+        with torch.random.fork_rng(), self.device:
+            torch.manual_seed(0)
             model = self.model_class._from_config(config, dtype=dtype).eval()
-        for parameter in model.parameters():
-            nn.init.constant_(parameter, 0.01)
-        ids = torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
+            ids = torch.randint(shape.vocabulary, (1, self.length))
         times = [self._pass(model, ids) for _ in range(REPEATS + 2)][2:]
+        del model
+        if self.device.type == "cuda":
+            # What plans here goes on to orchestrate trainings, which need the memory.
+            torch.cuda.empty_cache()
         return 1e3 * statistics.median(times)
+
+    @property
+    def name(self) -> str:
+        """What its times depend on beside the shape."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        machine = f"{platform.node()}-{gpu or torch.get_num_threads()}-{torch.__version__}-{self.length}"
+        return "".join(letter if letter.isalnum() else "-" for letter in machine)
 
     def _pass(self, model: PreTrainedModel, ids: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -98,7 +110,9 @@ class Latency:
         if name not in self.known:
             self.known[name] = self.bench.milliseconds(shape)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
+            written = self.path.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
+            written.replace(self.path)
         return self.known[name]
 
     def rates(self, original: Architecture) -> Rates:

@@ -12,6 +12,7 @@ import torch
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
 from cascade.distillation.states import check_head
+from cascade.errors import InputError
 from cascade.family.graph import Graph, Node
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
@@ -21,6 +22,7 @@ from cascade.family.race import race
 from cascade.family.runner import Outcome
 from cascade.models.decoder import Decoder, decoder_of, empty_model_of
 from cascade.models.sources import load_config, resolve_parent
+from cascade.planning.plan import describe
 from cascade.pruning.proof import TOKENS, proof_of, random_miniature
 from cascade.recipe import Options, Recipe
 from cascade.storage.locations import check_store, open_location
@@ -61,7 +63,19 @@ def plan_family(recipe: Recipe, cache: Path) -> Graph:
     require_plain_head(decoder)
     parent = Parent(recipe.parent, source.fingerprint, decoder.architecture)
     planner = FamilyPlanner(recipe, decoder, proof_of(decoder), cache / "latency" / source.fingerprint[:12])
+    require_any_winner(recipe, planner)
     return build_graph(recipe, parent, planner, prints)
+
+
+def require_any_winner(recipe: Recipe, planner: FamilyPlanner) -> None:
+    """Raise InputError if what follows a race could not be cut from one of those that race."""
+    for stage, plan in zip(recipe.stages, planner({}), strict=True):
+        for winner, shape in enumerate(plan.candidates[1:], 1):
+            try:
+                planner({stage.name: winner})
+            except InputError as error:
+                error.where += f"; if {describe(shape)} wins the race of stage {stage.name}"
+                raise
 
 
 def require_plain_head(decoder: Decoder) -> None:

@@ -12,7 +12,6 @@ from cascade.architecture import Architecture
 from cascade.dials import Prune
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Graph, StageNodes
-from cascade.family.layout import legs_of
 from cascade.planning.cost import cost_of_cuts
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
@@ -55,7 +54,7 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
         + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
     )
     lost, states = 0.0, 0
-    for leg, standing in race_legs(len(stage.candidates)):
+    for leg, standing in race_legs(stage):
         # The winner's legs are part of its own training.
         shapes = [candidate.architecture for candidate in stage.candidates[1:standing]]
         lost += leg * trained * sum(training_flops(shape, parent, length, stored) for shape in shapes)
@@ -65,12 +64,12 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
     return Cost(flops + round(lost), child.weight_bytes() + pruned + states)
 
 
-def race_legs(candidates: int) -> list[tuple[float, int]]:
+def race_legs(stage: StageNodes) -> list[tuple[float, int]]:
     """Of each leg of a race the share of a whole training that it adds, and how many run it."""
-    legs, before = [], 0.0
-    for part in legs_of(candidates):
-        legs.append((part - before, candidates))
-        before, candidates = part, -(-candidates // 2)
+    legs, before, standing = [], 0.0, len(stage.candidates)
+    for node in stage.candidates[0].legs:
+        legs.append((node.section["part"] - before, standing))
+        before, standing = node.section["part"], -(-standing // 2)
     return legs
 
 

@@ -99,7 +99,7 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
         "pruned_kl_to_parent": pruned["kl_to_parent"],
         "kl_to_parent": distilled["kl_to_parent"],
         "top1_agreement": distilled["top1_agreement"],
-        "tokens_trained": done[stage.distilled.key].manifest.tokens,
+        "tokens_trained": done[stage.distilled.key].manifest.facts["last"]["tokens"],
         "tokens_per_second": distilled["tokens_per_second"],
         "seconds": round(sum(done[node.key].manifest.seconds for node in nodes), 1),
         "reused": done[stage.distilled.key].reused,

@@ -116,7 +116,8 @@ class JsonReport:
         """Write one event."""
         with self.lock:
             try:
-                self.stream.write(json.dumps({"event": event, **content}) + "\n")
+                # A library may have left a line without its end in the same pipe.
+                self.stream.write("\n" + json.dumps({"event": event, **content}) + "\n")
                 self.stream.flush()
             except BrokenPipeError:
                 # The orchestrator died; the kernel has sent us SIGTERM, and the checkpoint comes first.

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from cascade.architecture import Architecture
 from cascade.data import PACKING
 from cascade.distillation.settings import DistillSettings
+from cascade.errors import InputError
 from cascade.family.graph import Candidate, Graph, Kind, Node, Section, StageNodes, StagePlan
 from cascade.importance.method import Method
-from cascade.planning.axes import Axis
 from cascade.pruning.repair import Repair, can_fit
 from cascade.recipe import Recipe, Signals, Stage
 
@@ -117,15 +117,8 @@ def _stage_nodes(
         return Node(kind, stage.name, recipe.family, section, inputs)
 
     corpus = {"corpus": measured["corpus"]}
-    importance = Node(
-        Kind.IMPORTANCE,
-        stage.name,
-        recipe.family,
-        importance_section(recipe, stage, before, shapes),
-        {"checkpoint": parent, **corpus},
-        # What a warning of too few tokens is about; other scores of the same pass share its artifact.
-        hints={"scoring": asdict(stage.prune.scoring), "axes": cut_axes(before, shapes)},
-    )
+    scored = importance_section(recipe, stage, before, shapes)
+    importance = node(Kind.IMPORTANCE, scored, {"checkpoint": parent, **corpus})
     candidates = []
     for shape in shapes:
         inputs = {"checkpoint": parent, "importance": importance}
@@ -133,7 +126,7 @@ def _stage_nodes(
         pruned = node(Kind.PRUNED, section, inputs | (corpus if "calibration_tokens" in section else {}))
         legs: list[Node] = []
         training = training_section(recipe, stage, shape)
-        for part in legs_of(len(shapes)):
+        for part in legs_of(len(shapes), steps_of(recipe, stage, shape), f"stage {stage.name}"):
             start = {"raced": legs[-1]} if legs else {}
             leg = {"distill": training, "seed": recipe.seed, "part": part}
             legs.append(node(Kind.RACED, leg, {"student": pruned, **start, **measured}))
@@ -162,14 +155,29 @@ def _stage_nodes(
 RACE_PART = 1 / 4
 
 
-def legs_of(candidates: int) -> list[float]:
+def legs_of(candidates: int, steps: int, where: str = "") -> list[float]:
     """Successive halving (Jamieson and Talwalkar, 1502.07943): the share of the training after each leg.
 
     After every leg the better half goes on to twice the tokens; the winner's training is the one it would
-    have had alone, so a race wastes only what the losers trained.
+    have had alone, so a race wastes only what the losers trained. Raises InputError for a training of too few
+    steps to tell its legs apart.
     """
     rounds = math.ceil(math.log2(candidates))
-    return [RACE_PART / 2 ** (rounds - 1 - leg) for leg in range(rounds)]
+    parts = [RACE_PART / 2 ** (rounds - 1 - leg) for leg in range(rounds)]
+    if parts and steps * parts[0] < 1:
+        raise InputError(
+            f"a race of {candidates} candidates needs a training of {round(1 / parts[0])} steps or more",
+            value=f"{steps} steps",
+            where=f"{where}, prune.candidates",
+            remedy="distill on more tokens, set smaller `batch_tokens`, or let fewer shapes race",
+        )
+    return parts
+
+
+def steps_of(recipe: Recipe, stage: Stage, child: Architecture) -> int:
+    """Steps of the whole training of a child."""
+    settings = DistillSettings(**training_section(recipe, stage, child))
+    return settings.resolved(child.hidden, recipe.corpus.sequence_length).steps
 
 
 def importance_section(
@@ -185,11 +193,6 @@ def importance_section(
         drops = {length for count in dropped for length in stage.prune.scoring.drops(count)}
         section |= {"drops": sorted(drops)} if drops else {}
     return section
-
-
-def cut_axes(before: Architecture, shapes: tuple[Architecture, ...]) -> list[str]:
-    """The axes that any of the shapes cuts."""
-    return [axis.value for axis in Axis if any(axis.size(shape) < axis.size(before) for shape in shapes)]
 
 
 def pruning_section(stage: Stage, before: Architecture, shape: Architecture) -> Section:

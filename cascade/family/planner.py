@@ -38,12 +38,12 @@ CORRECTIONS = 5
 
 @dataclass(frozen=True)
 class FamilyPlanner:
-    """Plans every stage of a recipe. decoder: the parent's. latency_path: where measurements are kept."""
+    """Plans every stage of a recipe. decoder: the parent's. latency_folder: where measurements are kept."""
 
     recipe: Recipe
     decoder: Decoder
     proof: Proof
-    latency_path: Path
+    latency_folder: Path
 
     def __call__(self, winners: dict[str, int]) -> tuple[StagePlan, ...]:
         """The candidates of every stage, each no larger than the winner of the stage before on any axis.
@@ -69,13 +69,14 @@ class FamilyPlanner:
             child = chosen_child(self.decoder.architecture, seed, sizes, axes=axes, rotates=rotates)
             self.require_rotation(prune, seed, [child])
             return StagePlan((child,), ())
-        axes = allowed_axes(prune.axes, prune.preset_axes, self.proof)
+        axes = allowed_axes(prune.axes, self.preset_axes(prune), self.proof)
         count = max(prune.candidates, SHOWN)
         found = (
             self.fast_enough(prune, seed, axes) if prune.latency else self.ranked(prune, seed, axes, count)
         )
-        self.require_rotation(prune, seed, found)
-        return StagePlan(tuple(found[: prune.candidates]), tuple(found[prune.candidates :]))
+        candidates, others = found[: prune.candidates], found[prune.candidates :]
+        self.require_rotation(prune, seed, candidates)
+        return StagePlan(tuple(candidates), tuple(others))
 
     def ranked(
         self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...], count: int, strictness: float = 1.0
@@ -112,13 +113,15 @@ class FamilyPlanner:
         decoder, length = self.decoder, self.recipe.corpus.sequence_length
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bench = Bench(type(decoder.model), decoder.model.config, decoder.anatomy, length, device)
-        return Latency(bench, self.latency_path.with_suffix(f".{device.type}-{length}.json"))
+        return Latency(bench, self.latency_folder / f"{bench.name}.json")
 
     def fast_enough(self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...]) -> list[Architecture]:
         """Shapes whose measured latency meets the dial, of those that the rates predict to meet it."""
-        limit, strictness = prune.latency or 0.0, 1.0
+        limit, rates = prune.latency or 0.0, self.latency.rates(self.decoder.architecture)
+        strictness = max(1.0, self.latency.milliseconds(seed) / rates.predict(seed))
         for _ in range(CORRECTIONS):
-            ranked = self.ranked(prune, seed, axes, prune.candidates, strictness)
+            # Some may turn out too slow.
+            ranked = self.ranked(prune, seed, axes, 2 * prune.candidates - 1, strictness)
             measured = [self.latency.milliseconds(shape) for shape in ranked]
             if met := [shape for shape, found in zip(ranked, measured, strict=True) if found <= limit]:
                 return met
@@ -129,6 +132,12 @@ class FamilyPlanner:
             where="prune",
             remedy=f"ask for more, or delete {self.latency.path} and plan again on an idle machine",
         )
+
+    def preset_axes(self, prune: Prune) -> tuple[Axis, ...]:
+        """The axes of the preset; where every query head has a key of its own, heads are KV groups."""
+        ungrouped = self.decoder.architecture.heads_per_group == 1
+        heads = Axis.KV_GROUPS if ungrouped else Axis.HEADS_PER_GROUP
+        return tuple(heads if axis is Axis.HEADS_PER_GROUP else axis for axis in prune.preset_axes)
 
     def require_rotation(self, prune: Prune, seed: Architecture, shapes: list[Architecture]) -> None:
         """Raise InputError if hidden channels are to be rotated and the parent's class does not allow it."""

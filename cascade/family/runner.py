@@ -234,6 +234,8 @@ def _listen(
     words: deque[str] = deque(maxlen=LAST_WORDS)
     for line in _pipe(process.stdout):
         event = _event(line)
+        if not line.strip():
+            continue
         if event is None:
             words.append(line.rstrip())
         elif event["event"] == "error":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Kind
+from cascade.family.layout import RACE_PART
 from cascade.family.workplace import Result, Workplace
 from cascade.importance.agreement import doubts
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
@@ -39,6 +41,7 @@ from cascade.models.sources import ParentSource, load_model, load_tokenizer, res
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
+from cascade.storage.artifacts import read_manifest
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
 
@@ -124,13 +127,12 @@ def make_importance(place: Workplace) -> Result:
     """Statistics of the checkpoint that is to be cut, for most methods from one calibration pass."""
     section = place.job.section
     rows = calibration_rows(place)
-    model = read_only(place, "checkpoint")
     method, drops = Method(section["method"]), section.get("drops", ())
+    model = read_only(place, "checkpoint")
+    if method is Method.TAYLOR:
+        # Gradients are summed in the model's own type.
+        model = model.float()
     found = score(model, rows, method, drops=drops, seed=section.get("seed", 0), report=place.report)
-    hints = place.job.hints
-    scoring, axes = read_scoring(hints["scoring"]), [Axis(axis) for axis in hints["axes"]]
-    for doubt in doubts(found.agreement, found.tokens, scoring, axes):
-        place.report.log(f"warning: {doubt}")
     save_file(found.statistics, place.folder / SCORES)
     flops = importance_flops(shape_of(model), method, rows.shape[1], drops)
     return Result({"agreement": found.agreement}, rows.numel() if flops else 0, rows.numel() * flops)
@@ -157,8 +159,13 @@ def make_pruned(place: Workplace) -> Result:
     device = place.device if rows is not None else "cpu"
     model = load_folder(folder, device=device, trust_remote_code=trust)
     statistics = load_file(place.input("importance") / SCORES)
-    dropped = shape_of(model).layers - target.layers
-    scores = scores_of(statistics, read_scoring(section["scoring"]), dropped)
+    source, scoring = shape_of(model), read_scoring(section["scoring"])
+    scores = scores_of(statistics, scoring, source.layers - target.layers)
+    measured = read_manifest(open_location(place.job.inputs["importance"]["uri"]))
+    if measured:
+        axes = [axis for axis in Axis if axis.size(target) < axis.size(source)]
+        for doubt in doubts(measured.facts["agreement"], measured.tokens, scoring, axes):
+            place.report.log(f"warning: {doubt}")
     surgery = Surgery(section["rotate"], Repair(section["repair"]))
     child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=place.report)
     save_model(child, load_folder_tokenizer(folder, trust), place.folder)
@@ -171,8 +178,11 @@ def train(place: Workplace, leg: Leg) -> Trained:
     trust = place.job.options.trust_remote_code
     student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
     checkpoints = TrainingCheckpoints(place.job.training)
+    before = 0
     if "raced" in place.job.inputs:
-        leg = replace(leg, start=TrainingCheckpoints(open_location(str(place.input("raced") / STATE))))
+        raced = place.input("raced")
+        leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
+        before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
     teacher, parent = the_teacher(place, corpus)
     with place.stop.cooperative():
         steps = distill(
@@ -189,17 +199,18 @@ def train(place: Workplace, leg: Leg) -> Trained:
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     flops = training_flops(shape_of(student), parent, corpus.sequence_length, "signals" in place.job.inputs)
-    return Trained(student, teacher, corpus, steps, flops, checkpoints)
+    return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, flops, checkpoints)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's end. flops: analytic, of one token."""
+    """A training's end. steps: with those of legs before; tokens: of this one; flops: of a token."""
 
     student: PreTrainedModel
     teacher: Teacher
     corpus: Corpus
     steps: list[StepRecord]
+    tokens: int
     flops: int
     checkpoints: TrainingCheckpoints
 
@@ -209,14 +220,26 @@ def make_raced(place: Workplace) -> Result:
     section = place.job.section
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
-    settings = DistillSettings(**section["distill"])
-    rows = rows_of(settings.tokens, done.corpus.sequence_length)
-    judged = range(rows - max(1, min(rows // 4, JUDGED_TOKENS // done.corpus.sequence_length)), rows)
-    places = [done.corpus.row(position) for position in judged]
-    metrics = evaluate(done.student, done.teacher, done.corpus, places, part=Part.TRAIN, report=place.report)
-    tokens = done.steps[-1].tokens
-    facts = {"end": {"tokens": tokens, "ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}}
-    return Result(facts, tokens, tokens * done.flops, after_publish=done.checkpoints.delete)
+    part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]))
+    metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
+    end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
+    facts = {"end": {"tokens": done.steps[-1].tokens, **end_figures}}
+    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
+
+
+def judged_rows(corpus: Corpus, settings: DistillSettings) -> tuple[Part, list[int]]:
+    """Rows that no leg of a race trains on, the same for all: the training's last ones.
+
+    Where every row is seen before the race is over, they are held-out rows.
+    """
+    whole = rows_of(settings.tokens, corpus.sequence_length)
+    raced = {
+        corpus.row(position) for position in range(math.ceil(RACE_PART * whole) + (settings.batch_rows or 1))
+    }
+    unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
+    most = max(1, JUDGED_TOKENS // corpus.sequence_length)
+    rows = [row for row in unseen if row not in raced][:most]
+    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, len(corpus.held_out)))))
 
 
 def make_distilled(place: Workplace) -> Result:
@@ -229,8 +252,7 @@ def make_distilled(place: Workplace) -> Result:
         "last": asdict(done.steps[-1]),
         "gate": gate(place.folder, shape_of(done.student).parameters),
     }
-    tokens = done.steps[-1].tokens
-    return Result(facts, tokens, tokens * done.flops, after_publish=done.checkpoints.delete)
+    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
 
 
 def make_evaluated(place: Workplace) -> Result:

@@ -13,7 +13,7 @@ from cascade.importance.calibration import attached, evaluating, require_finite,
 from cascade.models.decoder import Decoder
 
 
-class Watch:
+class FiniteProbe:
     """Whether the output of every layer, and of the embeddings, was finite."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -60,10 +60,10 @@ def run_over(
     are not finite, naming the layer.
     """
     require_rows(rows)
-    watch, done = Watch(decoder), 0
-    with attached([watch]), evaluating(decoder.model):
+    probe, done = FiniteProbe(decoder), 0
+    with attached([probe]), evaluating(decoder.model):
         for batch_BT in rows.split(batch):
             decoder.model.base_model(input_ids=batch_BT.long().to(decoder.model.device), use_cache=False)
-            require_finite(watch, decoder)
+            require_finite(probe, decoder)
             done += batch_BT.numel()
             progress(done, rows.numel())

@@ -6,7 +6,7 @@ Every measure is linear in the FFN size, so that the planner finds the widest FF
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cascade.architecture import Architecture
 from cascade.errors import InputError
@@ -19,6 +19,7 @@ class Budget:
     """At most `limit` of what `measure` finds.
 
     unit: what is counted, for a person. dial: what the user wrote. ask: the dial that asks for just so much.
+    per_embedding: what one parameter of the embeddings counts.
     """
 
     limit: float
@@ -26,11 +27,12 @@ class Budget:
     unit: str
     dial: str
     ask: Callable[[float], str]
+    per_embedding: int = 0
 
     def below(self, architecture: Architecture) -> Budget:
         """The same with a limit that `architecture` just misses."""
         limit = self.measure(architecture) * (1 - 1e-9)
-        return Budget(limit, self.measure, self.unit, self.ask(limit), self.ask)
+        return replace(self, limit=limit, dial=self.ask(limit))
 
     def dial_for(self, architecture: Architecture) -> str:
         """The dial that asks for exactly `architecture`, ready for an error's remedy."""
@@ -44,7 +46,7 @@ def parameter_budget(parameters: int) -> Budget:
     def ask(count: float) -> str:
         return f"parameters: {count:.0f}"
 
-    return Budget(parameters, lambda shape: shape.parameters, "parameters", ask(parameters), ask)
+    return Budget(parameters, lambda shape: shape.parameters, "parameters", ask(parameters), ask, 1)
 
 
 def ratio_budget(original: Architecture, ratio: float) -> Budget:
@@ -73,7 +75,8 @@ def memory_budget(limit: int, context: int, bytes_per_value: int) -> Budget:
     def measure(shape: Architecture) -> float:
         return shape.weight_bytes(bytes_per_value) + shape.kv_cache_bytes(context, bytes_per_value)
 
-    return Budget(limit, measure, f"bytes of weights and a KV cache of {context:,} tokens", ask(limit), ask)
+    unit = f"bytes of weights and a KV cache of {context:,} tokens"
+    return Budget(limit, measure, unit, ask(limit), ask, bytes_per_value)
 
 
 def latency_budget(limit: float, measure: Measure) -> Budget:

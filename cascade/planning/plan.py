@@ -98,8 +98,8 @@ def unreachable(space: Space, budget: Budget) -> InputError:
     smallest = space.smallest(budget)
     what = "no legal architecture is that small"
     fewest = min(body.embedding_parameters for body in space.bodies())
-    if budget.unit == "parameters" and budget.limit <= fewest:
-        what += f": its embeddings alone are {fewest:,} parameters"
+    if budget.limit <= fewest * budget.per_embedding:
+        what += f": its embeddings alone are {fewest * budget.per_embedding:,} {budget.unit.split()[0]}"
     return InputError(
         what,
         value=budget.dial,

@@ -21,5 +21,8 @@ class Repair(StrEnum):
 
 def can_fit(source: Sizes, target: Sizes) -> bool:
     """Whether the cut takes neurons or heads, whose readers least squares may fit anew."""
-    read = (Axis.FFN, Axis.KV_GROUPS, Axis.HEADS_PER_GROUP)
+    read = [Axis.KV_GROUPS, Axis.HEADS_PER_GROUP]
+    if not source.experts:
+        # Experts have no module that could be read.
+        read.append(Axis.FFN)
     return any(axis.size(target) < axis.size(source) for axis in read)

@@ -63,6 +63,10 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [stage("a", {"ratio": 0.5, "parameters": 5})]}, ["exactly one"]),
         ({"stages": [stage("a", {"ratio": 0.5, "shape": {"ffn": 64}})]}, ["exactly one"]),
         ({"stages": [stage("a", {"shape": {"ffn": 64}, "candidates": 4})]}, ["leaves only one"]),
+        (
+            {"stages": [stage("a", {"ratio": 0.5, "importance": "taylor", "layer_score": "norm_ratio"})]},
+            ["`layer_score` belongs to importance activation"],
+        ),
         ({"stages": [stage("a", {"memory": "300MBit"})]}, ["memory"]),
         (
             {"stages": [stage("a", {"ratio": 0.5, "preset": "ministral3", "aggregation": "l2_mean"})]},

@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from cascade.errors import InputError
 from cascade.family.graph import Graph, Kind, Node, StagePlan
 from cascade.family.layout import Parent, build_graph, legs_of
 from cascade.recipe import Recipe
@@ -149,11 +152,17 @@ def test_the_winner_goes_on_and_what_follows_is_planned_for_it() -> None:
 
 
 def test_legs_double_and_eight_candidates_cost_less_than_a_quarter_of_training_all() -> None:
-    assert legs_of(1) == []
-    assert legs_of(2) == [0.25]
-    assert legs_of(5) == legs_of(8) == [1 / 16, 1 / 8, 1 / 4]
+    assert legs_of(1, 1) == []
+    assert legs_of(2, 4) == [0.25]
+    assert legs_of(5, 16) == legs_of(8, 100) == [1 / 16, 1 / 8, 1 / 4]
     standing, spent, before = 8, 0.0, 0.0
-    for part in legs_of(8):
+    for part in legs_of(8, 16):
         spent, before, standing = spent + standing * (part - before), part, standing // 2
     assert standing == 1
     assert (spent + 1 - before) / 8 < 0.25
+
+
+def test_a_training_too_short_for_its_legs_is_refused_with_the_steps_it_needs() -> None:
+    with pytest.raises(InputError, match="needs a training of 16 steps") as caught:
+        legs_of(8, 15)
+    assert caught.value.value == "15 steps"

@@ -117,7 +117,7 @@ def served(work: str, jobs: str) -> subprocess.CompletedProcess[str]:
 
 
 def codes(done: subprocess.CompletedProcess[str]) -> list[int]:
-    return [json.loads(line)["code"] for line in done.stdout.splitlines()]
+    return [json.loads(line)["code"] for line in done.stdout.splitlines() if line]
 
 
 def test_every_job_has_a_process_of_its_own_and_the_server_goes_on_after_any_of_them() -> None:

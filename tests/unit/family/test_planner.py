@@ -123,6 +123,28 @@ def test_presets_cut_what_the_parent_has_of_their_axes(tmp_path: Path) -> None:
     assert not turned.candidates[0].tied
 
 
+def test_where_every_head_has_its_own_key_minitron_cuts_those(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, {"ratio": 0.5, "preset": "minitron"}, family="gpt_neox")
+    prune = planner.recipe.stages[0].prune
+    assert planner.preset_axes(prune) == (Axis.HIDDEN, Axis.FFN, Axis.KV_GROUPS)
+
+
+def test_a_latency_between_prediction_and_measurement_of_the_seed_is_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, slower=1.3)
+    whole = decoder_of(tiny("llama")).architecture
+    predicted = whole.layers * whole.layer_parameters / 1e4
+    monkeypatch.setattr(
+        Bench,
+        "milliseconds",
+        lambda bench, shape: (1.3 if shape.layers > 2 else 1.0) * shape.layers * shape.layer_parameters / 1e4,
+    )
+    (plan,) = planner_of(tmp_path, {"latency": 1.1 * predicted, "axes": ["ffn"]})({})
+    child = plan.candidates[0]
+    assert 1.3 * child.layers * child.layer_parameters / 1e4 <= 1.1 * predicted
+
+
 def test_axes_asked_for_must_be_allowed_and_others_are_left_out() -> None:
     decoder = decoder_of(tiny("llama"))
     proof = Proof(decoder.anatomy, {Axis.EXPERTS: "it has none", Axis.HIDDEN: "it differs by 3"})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cascade.errors import CascadeError, InputError, StorageFault
 from cascade.family.graph import Kind, Node
 from cascade.family.race import race
 
 Curves = list[list[float]]
+BAD = float("nan")
+FAILED = CascadeError("the loss of step 3 is not finite")
 
 
 def stage_of(curves: Curves) -> Any:
@@ -28,13 +32,15 @@ def stage_of(curves: Curves) -> Any:
     return SimpleNamespace(candidates=candidates)
 
 
-def run(curves: Curves) -> tuple[int, list[tuple[str, int, int]]]:
+def run(curves: Curves, failure: CascadeError = FAILED) -> tuple[int, list[tuple[str, int, int]]]:
     """The winner, and the nodes that were made."""
     made: list[tuple[str, int, int]] = []
 
     def make(node: Node) -> Any:
         index, leg = node.section["index"], node.section["leg"]
         made.append((node.kind.value, index, leg))
+        if node.kind is Kind.RACED and math.isnan(curves[index][leg]):
+            raise failure
         ends = {"ce": curves[index][leg]} if node.kind is Kind.RACED else {}
         return SimpleNamespace(facts={"end": ends})
 
@@ -70,3 +76,16 @@ def test_an_odd_half_is_rounded_up_and_one_remains(count: int) -> None:
 
 def test_of_equals_the_one_that_the_planner_ranks_higher_goes_on() -> None:
     assert run([[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]])[0] == 0
+
+
+def test_a_candidate_whose_training_fails_comes_last() -> None:
+    winner, made = run([[BAD, BAD], [3.0, BAD], [5.0, 5.0], [6.0, 6.0]])
+    assert winner == 2
+    assert ("raced", 0, 1) not in made
+
+
+@pytest.mark.parametrize("failure", [FAILED, StorageFault("x"), InputError("x")])
+def test_what_is_no_fault_of_one_candidate_ends_the_race(failure: CascadeError) -> None:
+    curves = [[BAD], [BAD]] if failure is FAILED else [[1.0], [BAD]]
+    with pytest.raises(type(failure)):
+        run(curves, failure)

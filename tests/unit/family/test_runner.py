@@ -105,6 +105,22 @@ def test_a_process_that_goes_on_says_how_its_job_ended(run_script: RunScript) ->
         run_script(script)
 
 
+def test_a_line_without_its_end_hides_no_event(run_script: RunScript) -> None:
+    script = """
+        import io, sys, time
+        from cascade.family.job import JsonReport
+        sys.stdout.write("Loading 30%")
+        JsonReport(sys.stdout).log("hello")
+        sys.stdout.write("Loading 40%")
+        print('\\n{"event": "exit", "code": 3}', flush=True)
+        time.sleep(600)
+    """
+    report = Recorder()
+    with pytest.raises(CascadeError, match="Loading 40%"):
+        run_script(script, report)
+    assert report.lines == ["hello"]
+
+
 def test_a_node_that_publishes_nothing_has_failed(run_script: RunScript) -> None:
     with pytest.raises(CascadeError, match="published nothing"):
         run_script("pass")

@@ -214,6 +214,13 @@ def test_a_memory_budget_that_nothing_meets_names_what_would_do() -> None:
     assert plan_child(SMOLLM2_135M, SMOLLM2_135M, memory_budget(need, 1024, 2), (Axis.FFN,)).ffn == 64
 
 
+def test_a_memory_budget_below_the_embeddings_says_so() -> None:
+    embeddings = 2 * SMOLLM2_135M.embedding_parameters
+    budget = memory_budget(embeddings - 1, 1024, 2)
+    with pytest.raises(InputError, match=f"embeddings alone are {embeddings:,} bytes"):
+        plan_child(SMOLLM2_135M, SMOLLM2_135M, budget, (Axis.LAYERS, Axis.FFN))
+
+
 def test_a_rotation_counts_the_extra_head_of_a_tied_parent() -> None:
     budget = parameter_budget(100_000_000)
     child = plan_child(SMOLLM2_135M, SMOLLM2_135M, budget, (Axis.HIDDEN,), rotates=True)
