@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -28,18 +28,26 @@ def run(options: Options) -> str:
     pairs = max(PAIRS, options.seeds)
     plain, ours = in_turn(lambda: forward(model, rows), lambda: calibrate(model, rows, batch=BATCH), pairs)
     ratios = [mine / other for mine, other in zip(ours, plain, strict=True)]
-    met = "met" if median(ratios) <= TARGET else "missed"
+    of_medians = median(ours) / median(plain)
     return report(
         "calibration",
-        ["pass", "seconds", "tokens/s", "ratio of a pair", "target"],
+        ["pass", "seconds", "tokens/s", "ratio of a pair", "ratio of medians", "target"],
         [
-            ["plain forward, no LM head", spread(plain, 2), f"{rows.numel() / median(plain):.0f}", "1", ""],
+            [
+                "plain forward, no LM head",
+                spread(plain, 2),
+                f"{rows.numel() / median(plain):.0f}",
+                "1",
+                "1",
+                "",
+            ],
             [
                 "calibrate, all statistics",
                 spread(ours, 2),
                 f"{rows.numel() / median(ours):.0f}",
                 spread(ratios, 3),
-                f"at most {TARGET:g}: {met}",
+                f"{of_medians:.3f}",
+                f"at most {TARGET:g}: {verdict([median(ratios), of_medians])}",
             ],
         ],
         [
@@ -48,6 +56,13 @@ def run(options: Options) -> str:
             text.note,
         ],
     )
+
+
+def verdict(ratios: Sequence[float]) -> str:
+    """Where the machine is so noisy that one way to take the middle meets the target and another does not,
+    the run has decided nothing."""
+    met = {ratio <= TARGET for ratio in ratios}
+    return "undecided" if len(met) > 1 else "met" if met == {True} else "missed"
 
 
 @torch.no_grad()

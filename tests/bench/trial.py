@@ -1,4 +1,4 @@
-"""One cut in a process of its own: `python -m tests.bench.trial METHOD SHAPE SEED` prints JSON."""
+"""One cut in a process of its own: `python -m tests.bench.trial METHOD SEED` prints JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from cascade.architecture import Architecture
 from cascade.models.decoder import architecture_of
-from cascade.planning.axes import DEFAULT_AXES, Axis
+from cascade.planning.axes import Axis
 from cascade.planning.budget import ratio_budget
 from cascade.planning.plan import plan_child
 from cascade.pruning.prune import prune
@@ -34,7 +34,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
-SHAPES = {"FFN": (Axis.FFN,), "default axes": DEFAULT_AXES}
 Cutter = Callable[[PreTrainedModel, Architecture], PreTrainedModel]
 
 
@@ -43,10 +42,10 @@ def config() -> Qwen2Config:
     return Qwen2Config(**SIZES, tie_word_embeddings=True, use_cache=False)
 
 
-def target_of(shape: str) -> Architecture:
-    """What the planner makes of the budget on these axes."""
+def target() -> Architecture:
+    """What the planner makes of the budget on the axis that torch-pruning cuts too."""
     source = architecture_of(config())
-    return plan_child(source, source, ratio_budget(source, RATIO), SHAPES[shape])
+    return plan_child(source, source, ratio_budget(source, RATIO), (Axis.FFN,))
 
 
 def random_scores(source: Architecture, seed: int) -> dict[str, Tensor]:
@@ -81,25 +80,25 @@ METHODS: dict[str, Callable[[int], Cutter]] = {
 }
 
 
-def measure(method: str, shape: str, seed: int) -> dict[str, float]:
+def measure(method: str, seed: int) -> dict[str, float]:
     """Seconds, extra bytes at the peak, bytes of the model, and the child's parameters."""
-    target, cutter = target_of(shape), METHODS[method](seed)
+    planned, cutter = target(), METHODS[method](seed)
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
     size = sum(parameter.nbytes for parameter in model.parameters())
     if method == SECOND:
-        cutter(model, target)
+        cutter(model, planned)
     gc.collect()
     before = memory.resident()
     memory.reset_peak()
     began = time.perf_counter()
-    child = cutter(model, target)
+    child = cutter(model, planned)
     seconds = time.perf_counter() - began
     extra = memory.peak() - before
-    if child.num_parameters() != target.parameters:
-        raise SystemExit(f"{method}: {child.num_parameters():,} parameters, not {target.parameters:,}")
+    if child.num_parameters() != planned.parameters:
+        raise SystemExit(f"{method}: {child.num_parameters():,} parameters, not {planned.parameters:,}")
     return {"seconds": seconds, "extra": extra, "size": size, "parameters": child.num_parameters()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
