@@ -124,7 +124,7 @@ def publish_index(index: dict[str, Any]) -> None:
                 key=prefect_key(index["family"], stage["name"]),
                 description=f"stage `{stage['name']}` of family `{index['family']}`",
             )
-            if stage["race"]:
+            if stage.get("race"):
                 create_markdown_artifact(
                     markdown_table(race_columns(stage), race_rows(stage)),
                     key=prefect_key(index["family"], stage["name"], "race"),

@@ -8,20 +8,10 @@ from pathlib import Path
 import yaml
 from pydantic_core import PydanticUndefined
 
+from cascade.dials import Distill, Prune, Shape
+from cascade.fields import Section
 from cascade.planning.axes import Axis
-from cascade.recipe import (
-    Corpus,
-    Distill,
-    Options,
-    Prune,
-    Recipe,
-    Section,
-    Shape,
-    Source,
-    Stage,
-    Teacher,
-    load_recipe,
-)
+from cascade.recipe import Corpus, Options, Recipe, Source, Stage, Teacher, load_recipe
 from tests.architectures import ARCHITECTURES, BOUND, UNTURNED, cuts
 
 ROOT = Path(__file__).parents[1]

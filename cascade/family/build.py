@@ -12,9 +12,10 @@ import torch
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
 from cascade.distillation.states import check_head
-from cascade.family.graph import Graph, Node, Parent, build_graph
+from cascade.family.graph import Graph, Node
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
+from cascade.family.layout import Parent, build_graph
 from cascade.family.planner import FamilyPlanner
 from cascade.family.race import race
 from cascade.family.runner import Outcome

@@ -9,8 +9,10 @@ import torch
 from rich.table import Table
 
 from cascade.architecture import Architecture
+from cascade.dials import Prune
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
-from cascade.family.graph import Graph, StageNodes, dial, legs_of
+from cascade.family.graph import Graph, StageNodes
+from cascade.family.layout import legs_of
 from cascade.planning.cost import cost_of_cuts
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
@@ -123,6 +125,19 @@ def ranking_table(graph: Graph) -> Table:
             table.add_row(stage.stage.name, role if shape in candidates else "", *cells, rise)
         table.add_section()
     return table
+
+
+def dial(prune: Prune) -> str:
+    """The dial as the user set it, for tables."""
+    if prune.shape.sizes():
+        return ", ".join(f"{axis} {size}" for axis, size in prune.shape.sizes().items())
+    texts = {
+        "parameters": f"{prune.parameters or 0:,} parameters",
+        "ratio": f"ratio {prune.ratio}",
+        "memory": f"{(prune.memory or 0) / 1e6:,.0f} MB",
+        "latency": f"{prune.latency} ms",
+    }
+    return next(text for name, text in texts.items() if getattr(prune, name) is not None)
 
 
 SHAPE_COLUMNS = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cascade.architecture import Architecture
+from cascade.dials import Prune
 from cascade.errors import InputError
 from cascade.evaluation.latency import Bench, Latency
 from cascade.family.graph import StagePlan
@@ -25,7 +26,7 @@ from cascade.planning.explicit import chosen_child
 from cascade.planning.plan import TOLERANCE, distinct, rank_children
 from cascade.pruning.proof import Proof
 from cascade.pruning.rotation import rotation_refusal
-from cascade.recipe import Prune, Recipe
+from cascade.recipe import Recipe
 
 # Shapes of a stage that a plan prints beside the chosen one.
 SHOWN = 4

@@ -78,6 +78,9 @@ class Space:
         if Axis.FFN not in self.axes:
             return 0
         neuron = spent - budget.measure(replace(body, ffn=body.ffn - 1))
+        if neuron <= 0:
+            # A latency on which the FFN was measured to have no share.
+            return 0
         step = ffn_step(self.original.ffn)
         return max(0, int((budget.limit - spent + body.ffn * neuron) // neuron) // step * step)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cascade.dials import Prune
 from cascade.recipe import load_recipe, validate_recipe
 from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
 from tests.e2e.conftest import Command
@@ -21,6 +22,8 @@ from tests.tiny_family import tiny_tree, write_recipe
 ELSEWHERE = {
     "make quickstart": "by whoever publishes the figures: it takes minutes",
     "make test": "it runs this file",
+    "make test-full": "the rest of the tests",
+    "make bench": "by whoever publishes the figures: it takes minutes",
     "pip install .": "test_the_wheel_holds_what_the_command_needs",
     "prefect server start": "the fixture prefect_server",
     "prefect work-pool create cascade --type process": "tests/flows/test_deployment.py",
@@ -47,11 +50,17 @@ def test_the_reference_and_the_deployment_are_current() -> None:
 
 
 def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
-    (text,) = blocks("yaml")
+    text, _ = blocks("yaml")
     shown, packaged = validate_recipe(yaml.safe_load(text), where="README.md"), load_recipe("quickstart")
     assert (shown.parent, shown.corpus.sources) == (packaged.parent, packaged.corpus.sources)
     for stage, full in zip(shown.stages, packaged.stages, strict=False):
         assert (stage.name, stage.distill, stage.prune.ratio) == (full.name, full.distill, full.prune.ratio)
+
+
+def test_every_dial_in_the_readme_is_one() -> None:
+    _, dials = blocks("yaml")
+    found = [Prune.model_validate(yaml.safe_load(line)["prune"]) for line in dials.splitlines()]
+    assert len({name for prune in found for name in prune.model_fields_set}) == 6
 
 
 def test_every_command_is_either_run_here_or_named_as_run_elsewhere(
@@ -85,7 +94,7 @@ def test_every_command_is_either_run_here_or_named_as_run_elsewhere(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-full", "bench"])
 def test_the_make_targets_exist(target: str) -> None:
     assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
 

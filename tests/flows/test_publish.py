@@ -11,9 +11,10 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
 
+from cascade.console import race_columns, race_rows
 from cascade.errors import CascadeError, InputError, IntegrityError, Interrupted, MachineFault, StorageFault
 from flows import publish
-from flows.publish import family_card, publish_index
+from flows.publish import family_card, markdown_table, publish_index
 from flows.tasks import run_node, worth_retrying
 
 INDEX: dict[str, Any] = {
@@ -35,6 +36,30 @@ INDEX: dict[str, Any] = {
         }
     ],
 }
+
+
+SIZES = {"layers": 3, "hidden": 64, "ffn": 96, "kv_groups": 2, "heads_per_group": 2, "experts": 0}
+RACE = [
+    {"architecture": SIZES, "parameters": 500, "curve": [{"tokens": 64, "ce": 4.5, "kl": 1.0}], "won": False},
+    {
+        "architecture": SIZES | {"layers": 2},
+        "parameters": 510,
+        "curve": [{"tokens": 64, "ce": 4.25, "kl": 1.0}, {"tokens": 128, "ce": 4.0, "kl": 0.9}],
+        "won": True,
+    },
+]
+
+
+def test_a_race_is_a_table_with_a_column_for_every_leg() -> None:
+    stage = INDEX["stages"][0] | {"race": RACE}
+    assert race_columns(stage) == ["shape", "parameters", "CE at 64 tokens", "CE at 128 tokens", "outcome"]
+    assert race_rows(stage) == [
+        ["2 layers, hidden 64, FFN 96, 4 heads in 2 groups", "510", "4.250", "4.000", "won"],
+        ["3 layers, hidden 64, FFN 96, 4 heads in 2 groups", "500", "4.500", "", "out after 64 tokens"],
+    ]
+    lines = markdown_table(race_columns(stage), race_rows(stage)).splitlines()
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
 
 
 @pytest.mark.parametrize(

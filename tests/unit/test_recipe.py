@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from cascade.dials import Prune
 from cascade.errors import InputError
+from cascade.fields import parse_count
 from cascade.importance.method import Aggregation, LayerScore, Scoring
 from cascade.presets import Preset
-from cascade.recipe import Options, Prune, Recipe, load_recipe, parse_count, validate_recipe
+from cascade.recipe import Options, Recipe, load_recipe, validate_recipe
 from tests.tiny_family import tiny_tree, write_recipe
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cascade.family.graph import Graph, Kind, Node, Parent, StagePlan, build_graph, legs_of
+from cascade.family.graph import Graph, Kind, Node, StagePlan
+from cascade.family.layout import Parent, build_graph, legs_of
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
 from tests.tiny_family import tiny_tree

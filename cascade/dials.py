@@ -1,0 +1,192 @@
+"""The dials of a stage: how its child is cut, and how it is taught."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import model_validator
+
+from cascade.distillation.objectives import Objective
+from cascade.fields import Bytes, Count, Section, setting
+from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
+from cascade.planning.axes import Axis
+from cascade.presets import AXES, FIELDS, Preset
+from cascade.pruning.repair import Repair
+
+
+class Precision(StrEnum):
+    """Of weights and KV cache in a memory budget."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+    @property
+    def bytes(self) -> int:
+        """Of one value."""
+        return {Precision.FLOAT32: 4, Precision.BFLOAT16: 2, Precision.INT8: 1}[self]
+
+
+class Shape(Section):
+    """Sizes chosen by hand; what is left empty stays as it is in the model before."""
+
+    layers: int | None = setting(None, 0, "Layers", "Decoder layers.", ge=1)
+    hidden: int | None = setting(None, 1, "Hidden size", "Channels of the residual stream.", ge=1)
+    ffn: int | None = setting(None, 2, "FFN size", "Neurons of a layer's FFN, or of each expert.", ge=1)
+    kv_groups: int | None = setting(
+        None, 3, "KV groups", "Groups of heads with a common key and value.", ge=1
+    )
+    heads_per_group: int | None = setting(None, 4, "Heads per group", "Query heads of each KV group.", ge=1)
+    experts: int | None = setting(None, 5, "Experts", "Experts of a layer.", ge=1)
+
+    def sizes(self) -> dict[Axis, int]:
+        """What is set, by axis."""
+        return {axis: size for axis in Axis if (size := getattr(self, axis.value)) is not None}
+
+
+DIALS = ("parameters", "ratio", "memory", "latency")
+
+
+class Prune(Section):
+    """One dial: `parameters`, `ratio`, `memory` or `latency`; or the sizes themselves in `shape`."""
+
+    parameters: Count | None = setting(
+        None, 0, "Parameters", "The child's parameters in total, embeddings included, such as 100M.", ge=1
+    )
+    ratio: float | None = setting(
+        None,
+        1,
+        "Ratio",
+        "Share of the ORIGINAL parent's non-embedding parameters that the child keeps.",
+        gt=0,
+        lt=1,
+    )
+    memory: Bytes | None = setting(
+        None, 2, "Memory", "Bytes of the child's weights and one KV cache, such as 300MB.", ge=1
+    )
+    latency: float | None = setting(
+        None,
+        3,
+        "Latency",
+        "Milliseconds of a forward pass over one row of the corpus, measured on this machine.",
+        gt=0,
+    )
+    shape: Shape = setting(Shape(), 4, "Shape", "Sizes chosen by hand, in place of a dial.")
+    preset: Preset = setting(
+        Preset.NONE,
+        5,
+        "Preset",
+        "ministral3 or minitron: prune as published; sets the fields from `axes` to `repair`.",
+    )
+    axes: tuple[Axis, ...] = setting(
+        (),
+        6,
+        "Axes",
+        "What the planner may cut; empty: those of the preset, or of layers, hidden, ffn, kv_groups, "
+        "that the parent allows.",
+    )
+    importance: Method = setting(
+        Method.ACTIVATION,
+        7,
+        "Importance",
+        "How units are scored: activation, taylor (gradients), magnitude (weights), random (the control).",
+    )
+    layer_score: LayerScore = setting(
+        LayerScore.BLOCK_INFLUENCE,
+        8,
+        "Layer score",
+        "Of `activation`: block_influence, norm_ratio, or perplexity or logit_mse when the layer is dropped.",
+    )
+    contiguous_layers: bool = setting(
+        False, 9, "Contiguous layers", "Drop one block of layers, the least important of its length."
+    )
+    aggregation: Aggregation = setting(
+        Aggregation.RMS,
+        10,
+        "Aggregation",
+        "Of `activation`: rms, mean (of absolute values), or l2_mean (mean over a sequence, then L2).",
+    )
+    rotate: bool = setting(
+        False, 11, "Rotate", "Cut hidden channels after a PCA rotation; the child's embeddings come untied."
+    )
+    repair: Repair = setting(
+        Repair.LEAST_SQUARES,
+        12,
+        "Repair",
+        "least_squares: fit what reads cut neurons or heads anew; fold_heads: residual folding; none.",
+    )
+    calibration_tokens: Count = setting(
+        8192, 13, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+    )
+    candidates: int = setting(
+        1,
+        14,
+        "Candidates",
+        "Shapes that race: each is taught briefly, the better half goes on.",
+        ge=1,
+        le=64,
+    )
+    memory_context: Count = setting(
+        4096, 15, "Memory context", "Tokens of the KV cache that `memory` counts.", ge=1
+    )
+    memory_precision: Precision = setting(
+        Precision.BFLOAT16, 16, "Memory precision", "Of weights and KV cache that `memory` counts."
+    )
+
+    @model_validator(mode="after")
+    def one_dial(self) -> Prune:
+        """Exactly one dial says how small the child is, and nothing contradicts the preset."""
+        stated = [name for name in DIALS if getattr(self, name) is not None]
+        if len(stated) + bool(self.shape.sizes()) != 1:
+            names = ", ".join(f"`{name}`" for name in DIALS)
+            raise ValueError(f"set exactly one of {names}, or sizes in `shape`")
+        if self.shape.sizes() and self.candidates > 1:
+            raise ValueError("`candidates` are shapes that meet a dial; `shape` leaves only one")
+        for name, value in FIELDS[self.preset].items():
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if given not in (default, value):
+                raise ValueError(
+                    f"preset {self.preset.value} sets `{name}` to {value}; leave it out, not {given}"
+                )
+        return self
+
+    @property
+    def resolved(self) -> Prune:
+        """With what the preset sets, and the preset's name gone: equal cuts have equal keys."""
+        return self.model_copy(update={**FIELDS[self.preset], "preset": Preset.NONE})
+
+    @property
+    def preset_axes(self) -> tuple[Axis, ...]:
+        """What the preset would cut; empty without one."""
+        return AXES.get(self.preset, ())
+
+    @property
+    def scoring(self) -> Scoring:
+        """Which of the measured statistics decide."""
+        dials = self.resolved
+        return Scoring(dials.layer_score, dials.contiguous_layers, dials.aggregation)
+
+
+class Distill(Section):
+    """How the cut model learns to imitate the teacher."""
+
+    tokens: Count = setting(..., 0, "Tokens", "Training tokens, rounded up to whole sequences.", ge=1)
+    epochs: int = setting(
+        1, 1, "Epochs", "How often the corpus may be repeated to reach `tokens`.", ge=1, le=1000
+    )
+    objective: Objective = setting(
+        Objective.FORWARD_KL,
+        2,
+        "Objective",
+        "Divergence between the teacher's and the student's distribution.",
+    )
+    temperature: float = setting(1.0, 3, "Temperature", "Both logits are divided by it.", gt=0, le=100)
+    cross_entropy_weight: float = setting(
+        0.0, 4, "Cross-entropy weight", "Share w of the corpus loss: (1-w) * divergence + w * CE.", ge=0, le=1
+    )
+    learning_rate: float | None = setting(
+        None, 5, "Learning rate", "Peak learning rate; derived from the child's size when empty.", gt=0, le=1
+    )
+    batch_tokens: Count | None = setting(
+        None, 6, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
+    )
