@@ -18,7 +18,7 @@ test-full: .venv/dev .venv/quickstart
 
 # Speed, memory and quality beside named peers; the text to measure on is a plain file of your own.
 bench: .venv/bench
-	$(BIN)/python -m tests.bench $(TEXT)
+	$(BIN)/python -m tests.bench $(if $(TEXT),--text $(TEXT))
 
 lint: .venv/dev
 	$(BIN)/ruff check .
