@@ -98,8 +98,12 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
 
 
 def _evaluated_node(recipe: Recipe, stage: str, inputs: dict[str, Node]) -> Node:
-    section = {"held_out_tokens": recipe.corpus.held_out_tokens}
-    return Node(Kind.EVALUATED, stage, recipe.family, section, inputs)
+    return Node(Kind.EVALUATED, stage, recipe.family, held_out_section(recipe), inputs)
+
+
+def held_out_section(recipe: Recipe) -> Section:
+    """How much is held out to measure on."""
+    return {"held_out_tokens": recipe.corpus.held_out_tokens}
 
 
 def _stage_nodes(
@@ -128,7 +132,7 @@ def _stage_nodes(
         training = training_section(recipe, stage, shape)
         for part in legs_of(len(shapes), steps_of(recipe, stage, shape), f"stage {stage.name}"):
             start = {"raced": legs[-1]} if legs else {}
-            leg = {"distill": training, "seed": recipe.seed, "part": part}
+            leg = {"distill": training, "seed": recipe.seed, "part": part} | held_out_section(recipe)
             legs.append(node(Kind.RACED, leg, {"student": pruned, **start, **measured}))
         candidates.append(Candidate(shape, pruned, tuple(legs)))
     chosen = candidates[winner or 0]

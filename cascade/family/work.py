@@ -220,26 +220,27 @@ def make_raced(place: Workplace) -> Result:
     section = place.job.section
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
-    part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]))
+    held_out = held_out_rows(done.corpus, section["held_out_tokens"])
+    part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]), held_out)
     metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
     facts = {"end": {"tokens": done.steps[-1].tokens, **end_figures}}
     return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
 
 
-def judged_rows(corpus: Corpus, settings: DistillSettings) -> tuple[Part, list[int]]:
+def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tuple[Part, list[int]]:
     """Rows that no leg of a race trains on, the same for all: the training's last ones.
 
-    Where every row is seen before the race is over, they are held-out rows.
+    Where every row is seen before the race is over, they are the `held_out` rows that are evaluated.
     """
     whole = rows_of(settings.tokens, corpus.sequence_length)
-    raced = {
-        corpus.row(position) for position in range(math.ceil(RACE_PART * whole) + (settings.batch_rows or 1))
-    }
+    # The last leg ends with a whole step.
+    last = math.ceil(RACE_PART * whole) + (settings.batch_rows or 1)
+    raced = {corpus.row(position) for position in range(last)}
     unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
     most = max(1, JUDGED_TOKENS // corpus.sequence_length)
     rows = [row for row in unseen if row not in raced][:most]
-    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, len(corpus.held_out)))))
+    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, held_out))))
 
 
 def make_distilled(place: Workplace) -> Result:
