@@ -113,7 +113,7 @@ class Prune(Section):
         False, 11, "Rotate", "Cut hidden channels after a PCA rotation; the child's embeddings come untied."
     )
     repair: Repair = setting(
-        Repair.LEAST_SQUARES,
+        Repair.NONE,
         12,
         "Repair",
         "least_squares: fit what reads cut neurons or heads anew; fold_heads: residual folding; none.",

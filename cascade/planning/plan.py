@@ -12,8 +12,9 @@ from cascade.planning.cost import cost_of_cuts
 from cascade.planning.shapes import Space
 
 # A shape this share of the budget below it still counts as meeting it: sizes come in steps, and one step of
-# hardware-friendly FFN is about 2 % of a small model.
-TOLERANCE = 0.02
+# hardware-friendly FFN is about 2 % of a small model. At 0.02 the best shape of SmolLM2-135M that met 75 %
+# cut hidden channels, the dearest axis of all.
+TOLERANCE = 0.03
 # Shapes whose depths differ by less than this share of the original's are near twins: of a race between
 # them little can be learned. Two layers of SmolLM2-135M's 30 move its loss by about 0.1 to 0.3 nats.
 APART = 1 / 15

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.architecture import Architecture
+from cascade.distillation.settings import rows_of
 from cascade.family.planner import allowed_axes
 from cascade.importance.method import Method
 from cascade.importance.scores import score
@@ -25,6 +26,7 @@ from cascade.pruning.proof import proof_of
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
 from cascade.recipe import Prune
+from tests.bench.parents import Text
 from tests.bench.peers import magnitude, optipfair_depth, optipfair_ffn, torch_pruning_ffn
 
 DEFAULT, FFN_ONLY = "cascade, default", "cascade, FFN only"
@@ -91,6 +93,21 @@ def cascade_child(task: Task, *, draw: int = 0, **fields: Any) -> PreTrainedMode
     return prune(task.parent, target, scores, surgery=surgery, rows=task.rows)[0]
 
 
+def shaped_child(task: Task, target: Architecture) -> PreTrainedModel:
+    """Cut to a shape by the recipe's defaults."""
+    dials = task.dials()
+    dropped = task.source.layers - target.layers
+    scores = scores_of(task.statistics(dials.importance, (), 0), dials.scoring, dropped)
+    surgery = Surgery(dials.rotate, dials.repair)
+    return prune(task.parent, target, scores, surgery=surgery, rows=task.rows)[0]
+
+
+def calibration_rows(text: Text) -> Tensor:
+    """As many as a recipe takes by default."""
+    tokens = Prune(ratio=0.5).calibration_tokens
+    return text.corpus.train[: rows_of(tokens, text.corpus.sequence_length)]
+
+
 def peer_child(task: Task, make: Callable[[PreTrainedModel], PreTrainedModel]) -> PreTrainedModel:
     """Peers change the model that they are given, so each gets a copy."""
     return make(copy.deepcopy(task.parent))
@@ -106,11 +123,8 @@ def makers(draws: Iterable[int]) -> Iterator[tuple[str, Maker]]:
     for preset in (Preset.MINISTRAL3, Preset.MINITRON):
         yield f"preset {preset}", partial(cascade_child, preset=preset)
     yield "torch-pruning, FFN by magnitude", torch_pruning_child
-    for method in ("MAW", "VOW", "PON"):
-        yield f"OptiPFair, FFN by {method}", partial(optipfair_child, method=method)
-    yield "OptiPFair, FFN by MAW and data", partial(optipfair_child, method="MAW", data=True)
-    yield "OptiPFair, last layers", optipfair_shallow
-    yield "OptiPFair, least important layers", partial(optipfair_shallow, data=True)
+    yield "OptiPFair, FFN by MAW and data", optipfair_child
+    yield "OptiPFair, least important layers", optipfair_shallow
     for draw in draws:
         yield "random scores", partial(cascade_child, importance=Method.RANDOM, draw=draw)
 
@@ -120,13 +134,11 @@ def torch_pruning_child(task: Task) -> PreTrainedModel:
     return peer_child(task, lambda model: torch_pruning_ffn(model, task.ffn, magnitude()))
 
 
-def optipfair_child(task: Task, *, method: str, data: bool = False) -> PreTrainedModel:
-    """Its FFN pruning; data: with our calibration rows."""
-    rows = task.rows if data else None
-    return peer_child(task, lambda model: optipfair_ffn(model, task.ffn, method, rows))
+def optipfair_child(task: Task) -> PreTrainedModel:
+    """Its FFN pruning by weights and activations over our calibration rows."""
+    return peer_child(task, lambda model: optipfair_ffn(model, task.ffn, task.rows))
 
 
-def optipfair_shallow(task: Task, *, data: bool = False) -> PreTrainedModel:
-    """Its depth pruning; data: by its importance of layers over our calibration rows."""
-    rows = task.rows if data else None
-    return peer_child(task, lambda model: optipfair_depth(model, task.depth, rows))
+def optipfair_shallow(task: Task) -> PreTrainedModel:
+    """Its depth pruning by its importance of layers over our calibration rows."""
+    return peer_child(task, lambda model: optipfair_depth(model, task.depth, task.rows))

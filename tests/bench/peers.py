@@ -86,32 +86,28 @@ def optipfair() -> Any:
     return package
 
 
-def optipfair_ffn(
-    model: PreTrainedModel, ffn: int, method: str, rows: Tensor | None = None
-) -> PreTrainedModel:
-    """OptiPFair's GLU pruning. method: MAW (also called PPM), VOW, PON; with calibration rows only MAW."""
+def optipfair_ffn(model: PreTrainedModel, ffn: int, rows: Tensor) -> PreTrainedModel:
+    """OptiPFair's GLU pruning by MAW (also called PPM), the one of its methods that looks at activations."""
     whole: int = model.config.intermediate_size
     # It rounds the count that goes down.
     percentage = 100 * (whole - ffn + 0.5) / whole
     pruned: PreTrainedModel = optipfair().prune_model(
         model,
-        neuron_selection_method=method,
+        neuron_selection_method="MAW",
         pruning_percentage=percentage,
-        dataloader=None if rows is None else batches(rows),
+        dataloader=batches(rows),
         show_progress=False,
     )
     return pruned
 
 
-def optipfair_depth(model: PreTrainedModel, layers: int, rows: Tensor | None = None) -> PreTrainedModel:
-    """OptiPFair's depth pruning: the last layers go, or by its layer importance over calibration rows."""
+def optipfair_depth(model: PreTrainedModel, layers: int, rows: Tensor) -> PreTrainedModel:
+    """OptiPFair's depth pruning by its layer importance."""
     package, gone = optipfair(), model.config.num_hidden_layers - layers
-    chosen: dict[str, Any] = {"num_layers_to_remove": gone}
-    if rows is not None:
-        scores = package.analyze_layer_importance(model, batches(rows), show_progress=False)
-        chosen = {"layer_indices": sorted(sorted(scores, key=lambda index: scores[index])[:gone])}
+    scores = package.analyze_layer_importance(model, batches(rows), show_progress=False)
+    chosen = sorted(sorted(scores, key=lambda index: scores[index])[:gone])
     pruned: PreTrainedModel = package.prune_model(
-        model, pruning_type="DEPTH", pruning_percentage=None, show_progress=False, **chosen
+        model, pruning_type="DEPTH", pruning_percentage=None, show_progress=False, layer_indices=chosen
     )
     return pruned
 

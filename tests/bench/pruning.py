@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.distillation.loop import distill
@@ -19,15 +18,14 @@ from cascade.distillation.signals import StoredTeacher, Teacher, write_signals
 from cascade.distillation.states import head_of
 from cascade.evaluation.metrics import Metrics, evaluate
 from cascade.models.decoder import decoder_of
-from cascade.recipe import Prune
-from tests.bench.children import LENIENCE, Task, makers
+from tests.bench.children import LENIENCE, Task, calibration_rows, makers
 from tests.bench.options import Options
 from tests.bench.outcomes import HEADER, LEGEND, Outcome, rows
 from tests.bench.parents import Text, load_parent, read_text
 from tests.bench.report import report
 
 RATIOS = (0.75, 0.5)
-TOKENS, EVALUATED = 8192, 4096
+TOKENS, EVALUATED = 8192, 2048
 # Children with random scores: one alone says little.
 DRAWS = 3
 
@@ -90,12 +88,6 @@ def children(school: School, parent: PreTrainedModel, draws: range) -> Iterator[
         task = Task(parent, ratio, calibration_rows(school.text))
         for name, make in makers(draws):
             yield school.teach(name, ratio, make(task))
-
-
-def calibration_rows(text: Text) -> Tensor:
-    """As many as a recipe takes by default."""
-    tokens = Prune(ratio=RATIOS[0]).calibration_tokens
-    return text.corpus.train[: rows_of(tokens, text.corpus.sequence_length)]
 
 
 def described(options: Options, school: School, own: Metrics) -> list[str]:
