@@ -128,6 +128,13 @@ def test_every_job_has_a_process_of_its_own_and_the_server_goes_on_after_any_of_
     assert done.returncode == 0
 
 
+def test_an_unfinished_line_does_not_hide_how_the_job_ended() -> None:
+    done = served("os.write(1, b'Loading 30%'); os.kill(os.getpid(), 9)", "x\n")
+    said, ended = done.stdout.splitlines()
+    assert said == "Loading 30%"
+    assert json.loads(ended) == {"event": "exit", "code": -9}
+
+
 def test_an_error_that_nobody_expected_is_shown() -> None:
     done = served("raise KeyError('what happened')", "x\n")
     assert codes(done) == [1]

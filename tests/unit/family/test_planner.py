@@ -10,6 +10,7 @@ import pytest
 from cascade.architecture import Architecture
 from cascade.errors import InputError
 from cascade.evaluation.latency import Bench
+from cascade.family.build import require_any_winner
 from cascade.family.planner import FamilyPlanner, allowed_axes
 from cascade.models.decoder import decoder_of
 from cascade.planning.axes import DEFAULT_AXES, Axis
@@ -51,6 +52,20 @@ def test_each_stage_is_cut_from_the_winner_before_it(tmp_path: Path) -> None:
     for index, plans in ((0, (first, second)), (2, won)):
         seed, child = plans[0].candidates[index], plans[1].candidates[0]
         assert all(axis.size(child) <= axis.size(seed) for axis in Axis)
+
+
+def test_what_one_possible_winner_cannot_be_cut_to_is_refused_before_the_race(tmp_path: Path) -> None:
+    following = {"shape": {"layers": 4, "ffn": 40}}
+    planner = planner_of(tmp_path, {"ratio": 0.75, "candidates": 4}, following)
+    depths = [shape.layers for shape in planner({})[0].candidates]
+    assert depths[0] == 4
+    assert min(depths) == 3
+    with pytest.raises(InputError, match="no such size") as caught:
+        require_any_winner(planner.recipe, planner)
+    assert "stage s1" in caught.value.where
+    assert "if 3 layers" in caught.value.where
+    assert "wins the race of stage s0" in caught.value.where
+    require_any_winner(planner.recipe, planner_of(tmp_path, {"ratio": 0.75}, following))
 
 
 def test_too_few_shapes_close_to_the_budget_let_smaller_ones_race(tmp_path: Path) -> None:
