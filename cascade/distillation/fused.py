@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cascade.distillation.objectives import DIVERGENCES, Divergence, Objective
+from cascade.distillation.states import Head
+from cascade.distillation.targets import Targets
 from cascade.errors import InputError
 
 IGNORED = -100
@@ -54,9 +56,8 @@ class _Rule:
 
 def fused_distillation_loss(
     student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    student_head: Head,
+    targets: Targets,
     labels: Tensor,
     *,
     objective: Objective = Objective.FORWARD_KL,
@@ -65,12 +66,12 @@ def fused_distillation_loss(
     total_targets: int | None = None,
     chunk: int | None = None,
 ) -> Terms:
-    """Distillation loss of N tokens, differentiable in `student_hidden` and `student_head`.
+    """Distillation loss of N tokens, differentiable in `student_hidden` and the head's weight.
 
-    student_hidden [N, D], student_head [V, D], teacher_hidden [N, E], teacher_head [V, E]: floating;
-    labels [N]: int64, `IGNORED` where the token is no target (such rows are dropped before the
-    projection). The product with a head runs in the hidden states' dtype, everything after it and
-    the sum of the head's gradient in float32 (float64 for float64 input).
+    student_hidden [N, D]: floating; targets: of the same N tokens; labels [N]: int64, `IGNORED` where
+    the token is no target (such rows are dropped before the projection). The product with a head runs
+    in the hidden states' dtype, everything after it and the sum of the head's gradient in float32
+    (float64 for float64 input).
 
     The T^2 keeps the gradient's size independent of the temperature (1503.02531, section 2.1).
     `total_targets` divides the sums: give every micro-batch of one step the step's count, and the
@@ -79,26 +80,24 @@ def fused_distillation_loss(
 
     Raises InputError when the two heads differ in vocabulary.
     """
-    if student_head.shape[0] != teacher_head.shape[0]:
+    if student_head.vocabulary != targets.vocabulary:
         raise InputError(
             "student and teacher have different vocabularies",
-            value=f"{student_head.shape[0]} and {teacher_head.shape[0]} entries",
+            value=f"{student_head.vocabulary} and {targets.vocabulary} entries",
             where="the LM heads",
             remedy="distil from a teacher with the same tokenizer and the same padding of its embeddings",
         )
     kept = (labels != IGNORED).nonzero().squeeze(1)
     if len(kept) < len(labels):
-        student_hidden, teacher_hidden, labels = student_hidden[kept], teacher_hidden[kept], labels[kept]
+        student_hidden, targets, labels = student_hidden[kept], targets[kept], labels[kept]
     rule = _Rule(
         divergence=DIVERGENCES[objective],
         temperature=temperature,
         weight=cross_entropy_weight,
         scale=1.0 / max(len(labels) if total_targets is None else total_targets, 1),
-        chunk=chunk or chunk_tokens(student_head.shape[0]),
+        chunk=chunk or chunk_tokens(student_head.vocabulary),
     )
-    loss, kl, ce = _FusedDistillation.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, rule
-    )
+    loss, kl, ce = _FusedDistillation.apply(student_hidden, student_head.weight, targets, labels, rule)
     return Terms(loss, kl, ce)
 
 
@@ -115,8 +114,7 @@ class _FusedDistillation(torch.autograd.Function):
         ctx: FunctionCtx,
         student_ND: Tensor,
         student_VD: Tensor,
-        teacher_NE: Tensor,
-        teacher_VE: Tensor,
+        targets: Targets,
         labels_N: Tensor,
         rule: _Rule,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,12 +126,13 @@ class _FusedDistillation(torch.autograd.Function):
         ce = torch.zeros_like(kl)
         # Under autocast the caller has already chosen the dtype of the states: keep to it.
         with torch.autocast(student_ND.device.type, enabled=False):
-            weight_VD, weight_VE = student_VD.to(student_ND.dtype), teacher_VE.to(teacher_NE.dtype)
+            weight_VD = student_VD.to(student_ND.dtype)
+            targets = targets.to(student_ND.device, student_ND.dtype)
             for start in range(0, len(labels_N), rule.chunk):
                 part = slice(start, start + rule.chunk)
                 kl_C, ce_C, grad_CV = _logit_terms(
                     (student_ND[part] @ weight_VD.T).to(wide),
-                    (teacher_NE[part] @ weight_VE.T).to(wide),
+                    targets[part].logits().to(wide),
                     labels_N[part],
                     rule,
                 )
@@ -162,7 +161,7 @@ class _FusedDistillation(torch.autograd.Function):
                 for gradient in (grad_ND, grad_VD)
             )
         head = None if grad_VD is None else grad_VD.to(ctx.head_dtype)  # type: ignore[attr-defined]
-        return grad_ND, head, None, None, None, None
+        return grad_ND, head, None, None, None
 
 
 def _logit_terms(

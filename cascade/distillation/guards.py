@@ -12,6 +12,7 @@ from cascade.distillation.fused import fused_distillation_loss
 from cascade.distillation.settings import Plan
 from cascade.distillation.signals import Part, Teacher, batch_ids
 from cascade.distillation.states import check_head, device_of, final_states, head_of
+from cascade.distillation.targets import StateTargets
 from cascade.errors import CascadeError, InputError
 
 GUARD_TOKENS = 32
@@ -34,12 +35,14 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
         )
     ids_BT = batch_ids(corpus, Part.TRAIN, [corpus.row(0)], device_of(student))[:, :GUARD_TOKENS]
     check_head(student, ids_BT[0])
-    teacher_NE = teacher.hidden(Part.TRAIN, [corpus.row(0)])[0, : ids_BT.shape[1] - 1]
+    targets = teacher.targets(Part.TRAIN, [corpus.row(0)])[: ids_BT.shape[1] - 1]
     labels_N = ids_BT[0, 1:]
     loss = partial(
         fused_distillation_loss, objective=plan.settings.objective, temperature=plan.settings.temperature
     )
-    itself = loss(teacher_NE, teacher.head, teacher_NE, teacher.head, labels_N).kl.item()
+    itself = 0.0
+    if isinstance(targets, StateTargets):
+        itself = loss(targets.states, targets.head, targets, labels_N).kl.item()
     if not abs(itself) <= ZERO:
         raise CascadeError(
             "the teacher as its own student has a loss",
@@ -49,8 +52,8 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
         )
     # The teacher's states are moved by one token, so that even a student equal to it must learn.
     student_NE = final_states(student, ids_BT)[0, :-1]
-    moved_NE = teacher_NE.to(student_NE.device).roll(1, dims=0)
-    loss(student_NE, head_of(student), moved_NE, teacher.head, labels_N).loss.backward()
+    moved = targets[torch.arange(len(targets)).roll(1)]
+    loss(student_NE, head_of(student), moved, labels_N).loss.backward()
     _require_gradients(student)
     student.zero_grad(set_to_none=True)
 

@@ -75,7 +75,7 @@ def distill(
     teacher or corpus that do not fit together.
     """
     student.float().eval()
-    plan = settings.resolved(head_of(student).shape[1], corpus.sequence_length)
+    plan = settings.resolved(head_of(student).width, corpus.sequence_length)
     check_before_training(student, teacher, corpus, plan)
     student.train()
     torch.manual_seed(settings.seed)
@@ -160,14 +160,13 @@ def _accumulate(
     for start in range(0, len(rows), plan.micro_rows):
         part = rows[start : start + plan.micro_rows]
         ids_BT = batch_ids(corpus, Part.TRAIN, part, device)
-        teacher_BTE = teacher.hidden(Part.TRAIN, part)[:, :-1].to(device, dtype)
+        targets = teacher.targets(Part.TRAIN, part)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             student_BTD = final_states(student, ids_BT)[:, :-1].to(dtype)
         terms = fused_distillation_loss(
             student_BTD.flatten(0, 1),
             head_of(student),
-            teacher_BTE.flatten(0, 1),
-            teacher.head,
+            targets,
             ids_BT[:, 1:].flatten(),
             objective=settings.objective,
             temperature=settings.temperature,

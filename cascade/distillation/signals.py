@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
 from cascade.distillation.fused import fused_distillation_loss
-from cascade.distillation.states import check_head, device_of, final_states, head_of
+from cascade.distillation.states import Head, check_head, device_of, final_states, head_of
+from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
 from cascade.report import SILENT, Report
 
@@ -43,12 +44,10 @@ class Part(StrEnum):
 
 
 class Teacher(Protocol):
-    """head: [V, E]. Logits of a token are its hidden state times the head's transpose."""
+    """Whoever answers for the distributions that a student is to match."""
 
-    head: Tensor
-
-    def hidden(self, part: Part, rows: Sequence[int]) -> Tensor:
-        """Final hidden states [B, T, E], float32, on the head's device."""
+    def targets(self, part: Part, rows: Sequence[int]) -> Targets:
+        """Of the positions 0..T-2 of some rows of a part, row by row: B * (T - 1) tokens."""
 
 
 def batch_ids(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.device) -> Tensor:
@@ -64,21 +63,26 @@ class OnlineTeacher:
         self.model, self.corpus = model.eval(), corpus
         self.head = head_of(model).detach()
 
+    def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
+        """See `Teacher.targets`."""
+        return StateTargets(self.states(part, rows)[:, :-1].flatten(0, 1), self.head)
+
     @torch.no_grad()
-    def hidden(self, part: Part, rows: Sequence[int]) -> Tensor:
-        """See `Teacher.hidden`."""
-        return final_states(self.model, batch_ids(self.corpus, part, rows, self.head.device)).float()
+    def states(self, part: Part, rows: Sequence[int]) -> Tensor:
+        """Final hidden states [B, T, E], float32."""
+        ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
+        return final_states(self.model, ids_BT).float()
 
 
 class StoredTeacher:
-    """Reads what `write_signals` wrote. head: the same teacher's [V, E], which is not stored twice.
+    """Reads what `write_signals` wrote. head: the same teacher's, which is not stored twice.
 
     Raises InputError when the signals belong to another packing, codec or width.
     """
 
-    def __init__(self, folder: Path, head: Tensor, corpus_identity: str) -> None:
+    def __init__(self, folder: Path, head: Head, corpus_identity: str) -> None:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        for name, expected in (("codec", CODEC), ("corpus", corpus_identity), ("width", head.shape[1])):
+        for name, expected in (("codec", CODEC), ("corpus", corpus_identity), ("width", head.width)):
             if record[name] != expected:
                 raise InputError(
                     f"the teacher's signals were made for another {name}",
@@ -90,9 +94,11 @@ class StoredTeacher:
         self.rows: dict[str, int] = record["rows"]
         self.rows_per_shard: int = record["rows_per_shard"]
 
-    def hidden(self, part: Part, rows: Sequence[int]) -> Tensor:
-        """See `Teacher.hidden`. Raises CascadeError for a row that was not stored."""
-        return torch.stack([self._row(part, row) for row in rows]).to(self.head.device, torch.float32)
+    def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
+        """See `Teacher.targets`. Raises CascadeError for a row that was not stored."""
+        states_BTE = torch.stack([self._row(part, row) for row in rows])
+        states_NE = states_BTE[:, :-1].flatten(0, 1).to(self.head.weight.device, torch.float32)
+        return StateTargets(states_NE, self.head)
 
     def _row(self, part: Part, row: int) -> Tensor:
         if not 0 <= row < self.rows[part]:
@@ -126,7 +132,7 @@ def write_signals(
     Raises InputError when the logits are more than the head's product with the states.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    width, length = head_of(model).shape[1], corpus.sequence_length
+    width, length = head_of(model).width, corpus.sequence_length
     counts = {Part.TRAIN: rows, Part.HELD_OUT: held_out_rows}
     teacher = OnlineTeacher(model, corpus)
     probe = Part.HELD_OUT if held_out_rows else Part.TRAIN
@@ -137,7 +143,7 @@ def write_signals(
         for shard, start in enumerate(range(0, count, per_shard)):
             states = []
             for batch in _batches(range(start, min(start + per_shard, count)), length):
-                states.append(teacher.hidden(part, batch).bfloat16().cpu())
+                states.append(teacher.states(part, batch).bfloat16().cpu())
                 done += len(batch)
                 report.progress(done * length, (rows + held_out_rows) * length, "tokens")
             save_file({"hidden": torch.cat(states)}, folder / _shard_name(part, shard))
@@ -156,10 +162,10 @@ def write_signals(
 
 def _decoded_kl(teacher: OnlineTeacher, part: Part, rows: int) -> float:
     """KL(exact || decoded) in nats per token: what the codec costs before any training."""
-    exact_NE = teacher.hidden(part, range(rows)).flatten(0, 1)
+    exact_NE = teacher.states(part, range(rows)).flatten(0, 1)
     labels_N = torch.zeros(len(exact_NE), dtype=torch.int64, device=exact_NE.device)
-    head = teacher.head.float()
-    terms = fused_distillation_loss(exact_NE.bfloat16().float(), head, exact_NE, head, labels_N)
+    head = teacher.head.to(exact_NE.device, torch.float32)
+    terms = fused_distillation_loss(exact_NE.bfloat16().float(), head, StateTargets(exact_NE, head), labels_N)
     return terms.kl.item()
 
 

@@ -5,6 +5,8 @@ B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,14 +18,43 @@ HEAD_TOLERANCE = 1e-2
 bfloat16 near 4e-3 (one rounding of the logits), while a soft cap or a scale is off by far more."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What turns final states into logits: one linear map without a bias. weight: [V, D]."""
+
+    weight: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """On a device, in a type."""
+        return Head(self.weight.to(device, dtype))
+
+    def detach(self) -> Head:
+        """Without gradients."""
+        return Head(self.weight.detach())
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., V] of states [..., D] of the weight's type."""
+        return states @ self.weight.T
+
+
 def final_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """The last hidden states [B, T, D] after the final norm: what the LM head is applied to."""
     return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
 
-def head_of(model: PreTrainedModel) -> Tensor:
-    """The LM head's weight [V, D]; the embeddings' own tensor where the two are tied."""
-    return model.get_output_embeddings().weight
+def head_of(model: PreTrainedModel) -> Head:
+    """The LM head; its weight is the embeddings' own tensor where the two are tied."""
+    return Head(model.get_output_embeddings().weight)
 
 
 @torch.no_grad()
@@ -36,7 +67,7 @@ def check_head(model: PreTrainedModel, ids_T: Tensor) -> None:
     """
     ids_BT = ids_T[None].to(device_of(model))
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
-    product_BTV = (final_states(model, ids_BT) @ head_of(model).T).float()
+    product_BTV = head_of(model).logits(final_states(model, ids_BT)).float()
     difference = (logits_BTV - product_BTV).abs().max() / logits_BTV.abs().max().clamp_min(1e-30)
     if not difference.item() <= HEAD_TOLERANCE:
         raise InputError(

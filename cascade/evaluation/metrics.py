@@ -58,10 +58,11 @@ def evaluate(
             where="corpus.held_out_tokens",
             remedy="raise it, or hold out a larger share of the corpus",
         )
-    if head_of(model).shape[0] != teacher.head.shape[0]:
+    vocabulary = teacher.targets(part, rows[:1]).vocabulary
+    if head_of(model).vocabulary != vocabulary:
         raise InputError(
             "model and parent have different vocabularies",
-            value=f"{head_of(model).shape[0]} and {teacher.head.shape[0]} entries",
+            value=f"{head_of(model).vocabulary} and {vocabulary} entries",
             where="the LM heads",
             remedy="compare with the parent that the model was made from",
         )
@@ -69,22 +70,20 @@ def evaluate(
     device = device_of(model)
     check_head(model, batch_ids(corpus, part, rows[:1], device)[0])
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    parent_head = teacher.head.to(device, torch.float32)
-    chunk, seconds = chunk_tokens(len(parent_head)), 0.0
+    chunk, seconds = chunk_tokens(vocabulary), 0.0
     size = max(1, BATCH_TOKENS // corpus.sequence_length)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         ids_BT = batch_ids(corpus, part, some, device)
-        teacher_NE = teacher.hidden(part, some)[:, :-1].flatten(0, 1).to(device)
+        answers = teacher.targets(part, some).to(device, torch.float32)
         began = _now(device)
         model_ND = final_states(model, ids_BT)[:, :-1].flatten(0, 1)
         seconds += _now(device) - began
         for cut in (slice(at, at + chunk) for at in range(0, len(model_ND), chunk)):
             began = _now(device)
-            logits_CV = model_ND[cut] @ head_of(model).T
+            logits_CV = head_of(model).logits(model_ND[cut])
             seconds += _now(device) - began
-            parent_CV = teacher_NE[cut] @ parent_head.T
-            sums += _compare(logits_CV.float(), parent_CV, ids_BT[:, 1:].flatten()[cut])
+            sums += _compare(logits_CV.float(), answers[cut].logits(), ids_BT[:, 1:].flatten()[cut])
         done = (start + len(some)) * corpus.sequence_length
         report.progress(done, len(rows) * corpus.sequence_length, "tokens")
     targets = len(rows) * (corpus.sequence_length - 1)

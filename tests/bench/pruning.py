@@ -92,7 +92,7 @@ def children(school: School, parent: PreTrainedModel, draws: range) -> Iterator[
 
 def described(options: Options, school: School, own: Metrics) -> list[str]:
     """What was run, in words."""
-    width, length = school.teacher.head.shape[1], school.text.corpus.sequence_length
+    width, length = school.teacher.head.width, school.text.corpus.sequence_length
     plan = school.settings.resolved(width, length)
     draws = options.seeds * -(-DRAWS // options.seeds)
     calibrated = calibration_rows(school.text).numel()

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.distillation.fused import IGNORED, chunk_tokens, fused_distillation_loss
 from cascade.distillation.objectives import Objective
+from cascade.distillation.states import Head
+from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import InputError
 
 N, D, E, V = 23, 8, 11, 37
@@ -39,14 +41,9 @@ class Case:
             student.requires_grad_(), student_head.requires_grad_(), teacher, teacher_head, self.labels
         )
 
-    def arguments(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.student[rows],
-            self.student_head,
-            self.teacher[rows],
-            self.teacher_head,
-            self.labels[rows],
-        )
+    def arguments(self, rows: slice = slice(None)) -> tuple[Tensor, Head, Targets, Tensor]:
+        targets = StateTargets(self.teacher[rows], Head(self.teacher_head))
+        return self.student[rows], Head(self.student_head), targets, self.labels[rows]
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         assert self.student.grad is not None

@@ -63,8 +63,8 @@ def test_a_parameter_without_a_gradient_is_named() -> None:
 
 def test_a_teacher_whose_states_are_not_finite_is_caught() -> None:
     class Broken(OnlineTeacher):
-        def hidden(self, part: Part, rows: Sequence[int]) -> Tensor:
-            return super().hidden(part, rows) * torch.nan
+        def states(self, part: Part, rows: Sequence[int]) -> Tensor:
+            return super().states(part, rows) * torch.nan
 
     with pytest.raises(CascadeError, match="its own student"):
         check_before_training(make_student(), Broken(make_teacher(), make_rows()), make_rows(), make_plan())

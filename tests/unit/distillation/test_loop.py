@@ -74,8 +74,8 @@ def test_the_first_step_is_the_definition(corpus: Corpus, teacher: OnlineTeacher
     student, plain = make_student(), make_student()
     [step] = distill(student, teacher, corpus, settings=settings)
     ids = corpus.train[:3].long()
-    logits = (final_states(plain, ids) @ head_of(plain).T)[:, :-1].flatten(0, 1)
-    log_p = (teacher.hidden(Part.TRAIN, range(3)) @ teacher.head.T)[:, :-1].flatten(0, 1).log_softmax(-1)
+    logits = head_of(plain).logits(final_states(plain, ids))[:, :-1].flatten(0, 1)
+    log_p = teacher.targets(Part.TRAIN, range(3)).logits().log_softmax(-1)
     log_q = logits.log_softmax(-1)
     kl = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     ce = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
@@ -335,8 +335,8 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
     corpus: Corpus, checkpoints: TrainingCheckpoints, tmp_path: Path
 ) -> None:
     class Spoiled(OnlineTeacher):
-        def hidden(self, part: Part, rows: Sequence[int]) -> Tensor:
-            states = super().hidden(part, rows)
+        def states(self, part: Part, rows: Sequence[int]) -> Tensor:
+            states = super().states(part, rows)
             return states * torch.nan if 7 in rows else states
 
     student = make_student()

@@ -23,15 +23,15 @@ def test_online_states_times_the_head_are_the_logits() -> None:
     teacher = OnlineTeacher(model, corpus)
     with torch.no_grad():
         logits = model(input_ids=corpus.train[[5, 2]].long()).logits
-    torch.testing.assert_close(teacher.hidden(Part.TRAIN, [5, 2]) @ teacher.head.T, logits)
-    assert not teacher.head.requires_grad
+    torch.testing.assert_close(teacher.targets(Part.TRAIN, [5, 2]).logits(), logits[:, :-1].flatten(0, 1))
+    assert not teacher.head.weight.requires_grad
 
 
 def test_stored_states_are_the_online_ones_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, corpus = make_teacher(), make_rows()
-    width = head_of(model).shape[1]
+    width = head_of(model).width
     monkeypatch.setattr(signals, "SHARD_BYTES", 4 * LENGTH * width * 2)
     monkeypatch.setattr(signals, "BATCH_TOKENS", 3 * LENGTH)
     record = write_signals(model, corpus, tmp_path, rows=10, held_out_rows=3)
@@ -44,19 +44,19 @@ def test_stored_states_are_the_online_ones_in_bfloat16(
     stored = StoredTeacher(tmp_path, head_of(model), corpus.identity)
     online = OnlineTeacher(model, corpus)
     for part, rows in ((Part.TRAIN, [9, 0, 4, 4]), (Part.HELD_OUT, [2])):
-        answer = stored.hidden(part, rows)
+        answer, exact = (teacher.targets(part, rows).states for teacher in (stored, online))
         assert answer.dtype is torch.float32
-        torch.testing.assert_close(answer, online.hidden(part, rows).bfloat16().float(), rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(answer, exact.bfloat16().float(), rtol=1e-2, atol=1e-5)
 
 
 def test_the_codecs_kl_is_measured(tmp_path: Path) -> None:
     """Against the definition, over all tokens of the rows that were probed."""
     model, corpus = make_model(tie_word_embeddings=False), make_rows()
     with torch.no_grad():
-        head_of(model).mul_(8)  # Confident logits, so that the codec's error stands out of float32's.
+        head_of(model).weight.mul_(8)  # Confident logits, so that the codec's error stands out of float32's.
     record = write_signals(model, corpus, tmp_path, rows=1, held_out_rows=3)
-    exact = OnlineTeacher(model, corpus).hidden(Part.HELD_OUT, range(3)).double()
-    head = head_of(model).detach().double()
+    exact = OnlineTeacher(model, corpus).states(Part.HELD_OUT, range(3)).double()
+    head = head_of(model).weight.detach().double()
     decoded = exact.float().bfloat16().double()
     log_q, log_p = ((states @ head.T).log_softmax(-1) for states in (decoded, exact))
     expected = (
@@ -90,7 +90,7 @@ def test_a_row_that_was_not_stored_is_an_error(tmp_path: Path) -> None:
     model, corpus = make_teacher(), make_rows()
     write_signals(model, corpus, tmp_path, rows=2, held_out_rows=1)
     with pytest.raises(CascadeError, match="end before the row"):
-        StoredTeacher(tmp_path, head_of(model), corpus.identity).hidden(Part.TRAIN, [2])
+        StoredTeacher(tmp_path, head_of(model), corpus.identity).targets(Part.TRAIN, [2])
 
 
 def test_progress_counts_all_tokens(tmp_path: Path) -> None:
@@ -138,5 +138,5 @@ def test_final_states_come_after_the_final_norm() -> None:
     with torch.no_grad():
         before = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         after = final_states(model, ids)
-    torch.testing.assert_close(after @ head_of(model).T, model(input_ids=ids).logits)
+    torch.testing.assert_close(head_of(model).logits(after), model(input_ids=ids).logits)
     torch.testing.assert_close(after, before)
