@@ -113,13 +113,17 @@ class Prune(Section):
         False, 11, "Rotate", "Cut hidden channels after a PCA rotation; the child's embeddings come untied."
     )
     repair: Repair = setting(
-        Repair.NONE,
+        Repair.LEAST_SQUARES,
         12,
         "Repair",
         "least_squares: fit what reads cut neurons or heads anew; fold_heads: residual folding; none.",
     )
     calibration_tokens: Count = setting(
-        8192, 13, "Calibration tokens", "Tokens of the calibration pass that scores what to keep.", ge=64
+        32_768,
+        13,
+        "Calibration tokens",
+        "Tokens that score what to keep, and that repairs are fitted to.",
+        ge=64,
     )
     candidates: int = setting(
         1,

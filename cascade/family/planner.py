@@ -23,15 +23,13 @@ from cascade.planning.budget import (
     ratio_budget,
 )
 from cascade.planning.explicit import chosen_child
-from cascade.planning.plan import TOLERANCE, distinct, rank_children
+from cascade.planning.plan import distinct, rank_children
 from cascade.pruning.proof import Proof
 from cascade.pruning.rotation import rotation_refusal
 from cascade.recipe import Recipe
 
 # Shapes of a stage that a plan prints beside the chosen one.
 SHOWN = 4
-# How far below its budget a shape may lie, widened until as many race as were asked for.
-TOLERANCES = (TOLERANCE, 0.05, 0.1)
 # A prediction that was too low is corrected by what was measured, this often.
 CORRECTIONS = 5
 
@@ -81,20 +79,10 @@ class FamilyPlanner:
     def ranked(
         self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...], count: int, strictness: float = 1.0
     ) -> list[Architecture]:
-        """Legal shapes within the dial's budget, cheapest cuts first, no near twins.
-
-        Where too few lie close below the budget for a race, smaller ones race too.
-        """
+        """Legal shapes within the dial's budget, cheapest cuts first, no near twins; maybe too few."""
         original, rotates = self.decoder.architecture, prune.resolved.rotate
-        budget = self.budget(prune, strictness)
-        found: list[Architecture] = []
-        for tolerance in TOLERANCES:
-            ranked = rank_children(original, seed, budget, axes, rotates=rotates, tolerance=tolerance)
-            nearer = [shape for shape in found if shape in ranked]
-            found = distinct([*nearer, *ranked], original, count)
-            if len(found) >= prune.candidates:
-                break
-        return found
+        ranked = rank_children(original, seed, self.budget(prune, strictness), axes, rotates=rotates)
+        return distinct(ranked, original, count)
 
     def budget(self, prune: Prune, strictness: float) -> Budget:
         """What the dial allows; strictness: how much slower than predicted shapes were measured to be."""

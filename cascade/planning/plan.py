@@ -11,9 +11,7 @@ from cascade.planning.budget import Budget
 from cascade.planning.cost import cost_of_cuts
 from cascade.planning.shapes import Space
 
-# A shape this share of the budget below it still counts as meeting it: sizes come in steps, and one step of
-# hardware-friendly FFN is about 2 % of a small model. At 0.02 the best shape of SmolLM2-135M that met 75 %
-# cut hidden channels, the dearest axis of all.
+# A shape whose FFN is whole still counts as meeting the budget this share below it.
 TOLERANCE = 0.03
 # Shapes whose depths differ by less than this share of the original's are near twins: of a race between
 # them little can be learned. Two layers of SmolLM2-135M's 30 move its loss by about 0.1 to 0.3 nats.
@@ -39,13 +37,12 @@ def rank_children(
     axes: Collection[Axis] = DEFAULT_AXES,
     *,
     rotates: bool = False,
-    tolerance: float = TOLERANCE,
 ) -> list[Architecture]:
     """The shapes of a child that is cut from `seed`, itself cut from `original`, cheapest cuts first.
 
     axes: what may be cut. rotates: hidden channels are cut after a rotation, which unties the embeddings.
-    A child is never above its budget, and within the share `tolerance` of it where the legal sizes allow;
-    those shapes are ranked by `cost_of_cuts`.
+    A child is never above its budget. Those shapes are ranked by `cost_of_cuts` that one more step of the FFN
+    would carry above it, however far below they are, or that are within the share `TOLERANCE` of it.
 
     Raises InputError for a child that is not smaller than its seed, and for a budget that no legal shape
     meets, with the nearest that would do.
@@ -57,8 +54,8 @@ def rank_children(
     if not shapes:
         raise unreachable(space, budget)
     nearest = max(budget.measure(shape) for shape in shapes)
-    enough = min(nearest, budget.limit * (1 - tolerance))
-    close = [shape for shape in shapes if budget.measure(shape) >= enough]
+    enough = min(nearest, budget.limit * (1 - TOLERANCE))
+    close = [shape for shape in shapes if shape.ffn < seed.ffn or budget.measure(shape) >= enough]
     # The second key makes the order unique: of equally cheap shapes the larger one comes first.
     return sorted(close, key=lambda shape: (cost_of_cuts(original, shape), -budget.measure(shape)))
 

@@ -68,12 +68,13 @@ def test_what_one_possible_winner_cannot_be_cut_to_is_refused_before_the_race(tm
     require_any_winner(planner.recipe, planner_of(tmp_path, {"ratio": 0.75}, following))
 
 
-def test_too_few_shapes_close_to_the_budget_let_smaller_ones_race(tmp_path: Path) -> None:
+def test_as_many_shapes_race_as_there_are(tmp_path: Path) -> None:
     (alone,) = planner_of(tmp_path, {"ratio": 0.75})({})
     (several,) = planner_of(tmp_path, {"ratio": 0.75, "candidates": 4})({})
-    assert len(alone.candidates) + len(alone.runners_up) < 4
-    assert len(several.candidates) == 4
-    assert several.candidates[0] == alone.candidates[0]
+    (all_there_are,) = planner_of(tmp_path, {"ratio": 0.75, "candidates": 64})({})
+    assert several.candidates == (*alone.candidates, *alone.runners_up)
+    assert 4 < len(all_there_are.candidates) < 64
+    assert all_there_are.candidates[:4] == several.candidates
     limit = 0.75 * decoder_of(tiny("llama")).architecture.non_embedding_parameters
     assert all(0.9 * limit <= shape.non_embedding_parameters <= limit for shape in several.candidates)
 

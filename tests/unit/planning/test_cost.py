@@ -10,42 +10,41 @@ from cascade.planning.axes import Axis
 from cascade.planning.cost import PRICES, cost_of_cuts
 from tests.unit.planning.shapes import LLAMA3_8B, SMOLLM2_135M
 
-# (layers, FFN, KV groups) of SmolLM2-135M: cross-entropy right after pruning, see cascade/planning/cost.py.
+# (layers, FFN, KV groups) of SmolLM2-135M: rise of the cross-entropy right after pruning, measured as said
+# in cascade/planning/cost.py; by the share of the non-embedding parameters that stays, to 3 %.
 SAME_SIZE = {
-    0.85: {(30, 1228, 3): 3.466, (28, 1353, 3): 3.572, (26, 1496, 3): 3.747, (30, 1399, 2): 4.041},
-    0.70: {
-        (30, 921, 3): 3.947,
-        (28, 1023, 3): 3.920,
-        (26, 1142, 3): 4.020,
-        (24, 1279, 3): 4.319,
-        (21, 1536, 3): 4.468,
-        (30, 1092, 2): 4.304,
+    0.75: {
+        (30, 1024, 3): 0.342,
+        (30, 1152, 2): 0.438,
+        (28, 1152, 3): 0.552,
+        (26, 1280, 3): 0.695,
+        (23, 1536, 3): 1.055,
     },
-    0.55: {
-        (30, 614, 3): 4.787,
-        (28, 694, 3): 4.631,
-        (26, 787, 3): 4.552,
-        (24, 895, 3): 4.800,
-        (21, 1097, 3): 4.745,
-        (30, 784, 2): 4.653,
+    0.50: {
+        (30, 512, 3): 1.083,
+        (30, 640, 2): 0.987,
+        (27, 768, 2): 1.127,
+        (27, 640, 3): 1.237,
+        (25, 768, 3): 1.192,
+        (25, 896, 2): 1.159,
+        (23, 896, 3): 1.406,
     },
 }
-PARENT_LOSS = 3.197
 
 
 @pytest.mark.parametrize("ratio", SAME_SIZE)
 def test_the_cheapest_shape_measured_within_a_tenth_of_a_nat_of_the_best(ratio: float) -> None:
-    losses = SAME_SIZE[ratio]
+    rises = SAME_SIZE[ratio]
     cost = {
         sizes: cost_of_cuts(
             SMOLLM2_135M, replace(SMOLLM2_135M, layers=sizes[0], ffn=sizes[1], kv_groups=sizes[2])
         )
-        for sizes in losses
+        for sizes in rises
     }
     chosen = min(cost, key=lambda sizes: cost[sizes])
-    assert losses[chosen] <= min(losses.values()) + 0.1
-    for sizes, loss in losses.items():
-        assert cost[sizes] == pytest.approx(loss - PARENT_LOSS, rel=0.3)
+    assert rises[chosen] <= min(rises.values()) + 0.1
+    for sizes, rise in rises.items():
+        assert cost[sizes] == pytest.approx(rise, rel=0.3)
 
 
 def test_nothing_cut_costs_nothing_and_every_cut_costs_something() -> None:
