@@ -22,13 +22,15 @@ from cascade.planning.budget import ratio_budget
 from cascade.planning.plan import describe, distinct, rank_children
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
-from tests.bench.children import Task, calibration_rows, shaped_child
+from tests.bench.children import Task, shaped_child
 from tests.bench.options import Options
 from tests.bench.parents import load_parent, read_text
 from tests.bench.pruning import School, school_of
 from tests.bench.report import report
 
 RATIO, CANDIDATES, TOKENS, SEQUENCE = 0.6, 8, 4096, 256
+# To score and fit; fewer than a recipe's, because every candidate is fitted.
+CALIBRATED = 8192
 GOAL_NATS, GOAL_SHARE = 0.01, 0.25
 
 
@@ -47,7 +49,7 @@ def run(options: Options) -> str:
     text = read_text(options.text, tokenizer, sequence_length=SEQUENCE)
     settings = DistillSettings(options.tokens or TOKENS, batch_rows=1)
     with school_of(parent, text, settings) as school:
-        task = Task(parent, RATIO, calibration_rows(text))
+        task = Task(parent, RATIO, text.corpus.train[: CALIBRATED // SEQUENCE])
         budget = ratio_budget(task.source, RATIO)
         shapes = distinct(rank_children(task.source, task.source, budget), task.source, CANDIDATES)
         runs = [trained(school, shape, shaped_child(task, shape)) for shape in shapes]
