@@ -20,6 +20,7 @@ from cascade.errors import InputError
 Stored = dict[str, Tensor]
 """Tensors by name. The first dimension counts rows; that of tensors named in `Codec.flat` counts entries,
 of which `sizes` [rows] says how many belong to each row."""
+SIZES = "sizes"
 
 
 Decoded = StateTargets | BucketTargets | SparseTargets
@@ -159,3 +160,15 @@ def codec_of(section: Mapping[str, Any], width: int, vocabulary: int) -> Codec:
     """The codec that a signals node's section names."""
     settings = {name: section[name] for name in ("token_bytes", "seed") if name in section}
     return make_codec(section["codec"], width, vocabulary, **settings)
+
+
+def split_rows(encoded: Stored, codec: Codec) -> list[Stored]:
+    """Row by row, as a stored teacher reads them."""
+    fixed = {name: tensor for name, tensor in encoded.items() if name not in (*codec.flat, SIZES)}
+    count = len(next(iter(fixed.values())))
+    ends = encoded[SIZES].cumsum(0).tolist() if codec.flat else [0] * count
+    return [
+        {name: tensor[row] for name, tensor in fixed.items()}
+        | {name: encoded[name][ends[row - 1] if row else 0 : ends[row]] for name in codec.flat}
+        for row in range(count)
+    ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade.distillation.fused import chunk_tokens
-from cascade.distillation.signals.codecs import Codec, Decoded
+from cascade.distillation.signals.codecs import Codec, Decoded, split_rows
 from cascade.distillation.states import Head
 from cascade.distillation.targets import BucketTargets, SparseTargets
 
@@ -28,7 +28,7 @@ def fidelity(codec: Codec, states_BTE: Tensor, head: Head, rows: Sequence[int]) 
     """
     device = states_BTE.device
     encoded = {name: tensor.cpu() for name, tensor in codec.encode(states_BTE, head, rows).items()}
-    targets = codec.decode(_rows_of(encoded, codec), head).to(device, torch.float32)
+    targets = codec.decode(split_rows(encoded, codec), head).to(device, torch.float32)
     exact_NE = states_BTE[:, :-1].flatten(0, 1)
     size, sums = chunk_tokens(head.vocabulary), torch.zeros(2, dtype=torch.float64)
     for chunk in (slice(start, start + size) for start in range(0, len(exact_NE), size)):
@@ -38,18 +38,6 @@ def fidelity(codec: Codec, states_BTE: Tensor, head: Head, rows: Sequence[int]) 
     if isinstance(targets, SparseTargets):
         return {"weights_rms": first**0.5}
     return {"decoded_kl": first, **({"rest": second} if isinstance(targets, BucketTargets) else {})}
-
-
-def _rows_of(encoded: dict[str, Tensor], codec: Codec) -> list[dict[str, Tensor]]:
-    """Row by row, as a stored teacher reads them."""
-    fixed = {name: tensor for name, tensor in encoded.items() if name not in codec.flat}
-    count = len(next(iter(fixed.values())))
-    ends = encoded["sizes"].cumsum(0).tolist() if codec.flat else [0] * count
-    return [
-        {name: tensor[row] for name, tensor in fixed.items()}
-        | {name: encoded[name][ends[row - 1] if row else 0 : ends[row]] for name in codec.flat}
-        for row in range(count)
-    ]
 
 
 def _distances(log_CV: Tensor, targets: Decoded) -> Tensor:

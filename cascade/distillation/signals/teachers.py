@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.signals.codecs import BfloatStates, Codec, Stored, make_codec
+from cascade.distillation.signals.codecs import SIZES, BfloatStates, Codec, Stored, make_codec
 from cascade.distillation.signals.reading import Folder, Shards
 from cascade.distillation.states import Head, device_of, final_states, head_of
 from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
 
 RECORD = "signals.json"
-SIZES = "sizes"
 
 
 class Part(StrEnum):

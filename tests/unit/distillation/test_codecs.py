@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.distillation.signals.codecs import Codec, Decoded, make_codec
+from cascade.distillation.signals.codecs import Codec, Decoded, make_codec, split_rows
 from cascade.distillation.signals.entries import Sampled, TopK
-from cascade.distillation.signals.fidelity import _rows_of, fidelity
+from cascade.distillation.signals.fidelity import fidelity
 from cascade.distillation.signals.head_and_tail import HeadAndTail
 from cascade.distillation.signals.packing import STEPS, pack, rounded_shares, uniforms, unpack
 from cascade.distillation.states import Head
@@ -43,7 +43,7 @@ def codec(name: str, token_bytes: int = 24, seed: int = 0, draws: int = 12) -> C
 
 def decoded(chosen: Codec, states_BTE: Tensor) -> Decoded:
     stored = chosen.encode(states_BTE, PLAIN, range(len(states_BTE)))
-    return chosen.decode(_rows_of(stored, chosen), PLAIN)
+    return chosen.decode(split_rows(stored, chosen), PLAIN)
 
 
 def weights(chosen: Codec, states_BTE: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def test_large_ids_come_back() -> None:
     states = torch.tensor([[[3.0, 0.0], [0.0, 0.0]]])
     for name in ("top_k", "sampled", "head_and_tail"):
         chosen = make_codec(name, 2, 70_000, draws=20)
-        targets = chosen.decode(_rows_of(chosen.encode(states, head, [0]), chosen), head)
+        targets = chosen.decode(split_rows(chosen.encode(states, head, [0]), chosen), head)
         assert not isinstance(targets, StateTargets)
         assert 69_999 in targets.ids[0].tolist()
 
