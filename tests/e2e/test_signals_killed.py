@@ -38,7 +38,7 @@ NODE = f"""
 
 
 def start(job: Job, notes: Path, slow: float) -> subprocess.Popen[bytes]:
-    """The node's process, in a session of its own as an orchestrator starts it; what it says goes to a file."""
+    """The node's process, in a session of its own as an orchestrator starts it."""
     path = notes.with_suffix(".json")
     path.write_text(job.dump())
     with notes.with_suffix(".log").open("w") as log:
@@ -52,7 +52,7 @@ def start(job: Job, notes: Path, slow: float) -> subprocess.Popen[bytes]:
 
 
 def run(job: Job, notes: Path) -> list[str]:
-    """Undisturbed, to its good end; the rows that the teacher ran over, but for the four that it measures on."""
+    """To its good end; the rows that the teacher ran over, but for the four that it measures on."""
     assert start(job, notes, slow=0).wait(timeout=300) == 0, notes.with_suffix(".log").read_text()
     return notes.read_text().splitlines()[4:]
 

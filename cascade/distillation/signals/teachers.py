@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -115,8 +115,7 @@ class StoredTeacher:
 
     def targets(self, part: Part, rows: Sequence[int]) -> Targets:
         """See `Teacher.targets`. Raises CascadeError for a row that was not stored."""
-        decoded = self.codecs[part].decode([self._row(part, row) for row in rows], self.head)
-        return cast(Targets, decoded)
+        return self.codecs[part].decode([self._row(part, row) for row in rows], self.head)
 
     def _row(self, part: Part, row: int) -> Stored:
         if not 0 <= row < self.rows[part]:
