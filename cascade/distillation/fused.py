@@ -109,9 +109,10 @@ def fused_distillation_loss(
 def _require_known(targets: Targets, objective: Objective, temperature: float) -> None:
     """Raise InputError for what cannot be computed exactly from a few entries of each distribution."""
     wrong = ""
-    if isinstance(targets, SparseTargets) and objective is not Objective.FORWARD_KL:
+    # A job's settings come from JSON, where an objective is its plain name.
+    if isinstance(targets, SparseTargets) and objective != Objective.FORWARD_KL:
         # Only the forward KL is linear in p, so that an unbiased estimate of p gives one of it.
-        wrong = f"objective {objective.value}"
+        wrong = f"objective {objective}"
     elif isinstance(targets, SparseTargets | BucketTargets) and temperature != 1:
         # A mass at temperature 1 does not tell the mass at another.
         wrong = f"temperature {temperature:g}"
