@@ -31,7 +31,7 @@ from tests.bench.parents import Text, load_parent, read_text
 from tests.bench.report import report, spread
 from tests.bench.steps import alternate, step_rows
 
-RATIO, TOKENS, EVALUATED, STEPS = 0.75, 8192, 8192, 7
+RATIO, TOKENS, EVALUATED, STEPS = 0.75, 8192, 4096, 7
 # The first is what the others are compared with.
 CODECS = ("hidden_bf16", "hidden_int8", "head_and_tail", "sampled", "top_k")
 TOKEN_BYTES = 24
@@ -60,10 +60,13 @@ def run(options: Options) -> str:
                 figures = alternate(copy.deepcopy(child), text.corpus, dict(teachers), STEPS)
                 fast = step_rows(figures, text.corpus.sequence_length, sizes)
             held_out = evaluated_rows(text.corpus)
-            before = evaluate(child, teachers[CODECS[0]], text.corpus, held_out)
+            examiner = teachers[CODECS[0]]
+            before = evaluate(child, examiner, text.corpus, held_out)
             for name, teacher in teachers.items():
                 began = time.monotonic()
-                taught[name].append(learn(child, teacher, text.corpus, settings, held_out))
+                student = copy.deepcopy(child)
+                distill(student, teacher, text.corpus, settings=settings)
+                taught[name].append(examined(student, examiner, text.corpus, held_out))
                 seconds, last = time.monotonic() - began, taught[name][-1].metrics
                 said = f"{last.held_out_ce:.4f} nats, KL {last.kl_to_parent:.4f}, {seconds:.0f} s"
                 print(f"signals: seed {seed}, {name}: {said}", file=sys.stderr, flush=True)
@@ -93,7 +96,7 @@ def run(options: Options) -> str:
 def teachers_of(
     parent: PreTrainedModel, text: Text, tokens: int, seed: int
 ) -> Iterator[tuple[dict[str, StoredTeacher], dict[str, str]]]:
-    """A teacher for each codec, and the bytes of a token that its files take."""
+    """A teacher for each codec, and the bytes of a token that its files take; the first has held-out rows."""
     corpus, head = text.corpus, head_of(parent)
     rows = min(rows_of(tokens, corpus.sequence_length), len(corpus.train))
     teachers, sizes = {}, {}
@@ -101,9 +104,8 @@ def teachers_of(
         for name in CODECS:
             folder = Path(root) / name
             codec = make_codec(name, head.width, head.vocabulary, token_bytes=TOKEN_BYTES, seed=seed)
-            record = write_signals(
-                parent, corpus, folder, max(rows, STEPS + 1), len(evaluated_rows(corpus)), codec=codec
-            )
+            held_out = 0 if teachers else len(evaluated_rows(corpus))
+            record = write_signals(parent, corpus, folder, max(rows, STEPS + 1), held_out, codec=codec)
             teachers[name] = StoredTeacher(folder, head, corpus.identity)
             sizes[name] = f"{record['bytes_per_token']:.1f}"
         yield teachers, sizes
@@ -114,12 +116,8 @@ def evaluated_rows(corpus: Corpus) -> range:
     return range(min(rows_of(EVALUATED, corpus.sequence_length), len(corpus.held_out)))
 
 
-def learn(
-    child: PreTrainedModel, teacher: StoredTeacher, corpus: Corpus, settings: DistillSettings, rows: range
-) -> Taught:
-    """Teach a copy of the child and examine it."""
-    student = copy.deepcopy(child)
-    distill(student, teacher, corpus, settings=settings)
+def examined(student: PreTrainedModel, teacher: StoredTeacher, corpus: Corpus, rows: range) -> Taught:
+    """Held-out figures."""
     metrics = evaluate(student, teacher, corpus, rows)
     return Taught(metrics, 100 * calibration_error(student, corpus, rows))
 
