@@ -50,8 +50,8 @@ class HeadAndTail:
     Why this tail: of all estimates with S entries the squared error is least where inclusion is proportional
     to p (Barnes et al., 2402.14925), and then all drawn entries have one weight, which need not be stored: a
     drawn entry costs an id, an exact one an id and two bytes. The squared error is the sum over the tail of
-    p_v (r / S - p_v), that is r^2 / S - sum p_v^2; each token takes the H for which it is least, among those
-    that leave room for S draws and no p_v above r / S.
+    p_v (r / S - p_v), that is r^2 / S - sum p_v^2. H is the smallest that leaves no p_v above r / S, because
+    an entry less in the tail never makes up for a draw less: (r - p)^2 / (S - 1) + p^2 >= r^2 / S.
     """
 
     name, whole, flat = "head_and_tail", False, ()
@@ -119,15 +119,12 @@ class HeadAndTail:
         return size_C, records_C
 
     def _head_sizes(self, top_CH: Tensor) -> Tensor:
-        """H [C] with the least squared error, for the likeliest probabilities [C, len(splits)], falling."""
+        """H [C]: the smallest that can be, for the likeliest probabilities [C, len(splits)], falling."""
         before_CH = top_CH.cumsum(1) - top_CH
-        rest_CH = (1 - before_CH).clamp_min(0)
         draws_H = torch.tensor(self.splits, device=top_CH.device)
-        # Up to the constant sum of all p^2.
-        error_CH = rest_CH**2 / draws_H + top_CH.square().cumsum(1) - top_CH.square()
-        drawable_CH = top_CH * draws_H <= (1 - CLEARANCE) * (rest_CH - NOISE)
+        drawable_CH = top_CH * draws_H <= (1 - CLEARANCE) * (1 - before_CH - NOISE)
         drawable_CH[:, -1] = True
-        return error_CH.masked_fill(~drawable_CH, torch.inf).argmin(1)
+        return drawable_CH.to(torch.uint8).argmax(1)
 
     def decode(self, stored: Sequence[Stored], head: Head) -> SparseTargets:
         """As many entries as the split with the most; the others of a token are padding."""

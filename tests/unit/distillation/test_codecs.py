@@ -111,6 +111,15 @@ def test_the_expected_weight_is_the_probability(name: str, token_bytes: int) -> 
     assert (difference.square().sum(1) <= 4 * error / drawings + 1e-9).all()
 
 
+def test_probabilities_of_the_head_are_right_beyond_their_rounding() -> None:
+    """A share of a step up or down, with deviation of at most half a step: six deviations of the mean."""
+    p_V = torch.tensor([0.30001, 0.25003, 0.2, *[0.24996 / 61] * 61], dtype=torch.float64)
+    drawings = 4000
+    found = weights(codec("head_and_tail", 64), as_rows(p_V.log().float()[None], drawings))[:, 0, :3]
+    assert ((found - p_V[:3]).abs() < 1 / STEPS + 1e-6).all()
+    assert ((found.mean(0) - p_V[:3]).abs() < 6 * 0.5 / STEPS / drawings**0.5 + 1e-7).all()
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_entries_of_a_token_differ_and_its_entropy_is_kept(name: str) -> None:
     tokens_NV = logits(200, seed=3)
