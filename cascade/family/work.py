@@ -335,11 +335,9 @@ def signal_shards(place: Workplace, corpus: Corpus) -> ReadAhead:
     """
     location = open_location(place.job.inputs["signals"]["uri"])
     manifest = require_manifest(location)
-    facts, tokens = manifest.facts, place.job.section.get("distill", {}).get("tokens", 0)
+    tokens = place.job.section.get("distill", {}).get("tokens", 0)
     rows = signal_rows(corpus, tokens)
-    order = [RECORD]
-    order += shards_of(Part.TRAIN, rows, facts["rows_per_shard"])
-    order += shards_of(Part.HELD_OUT, facts["rows"][Part.HELD_OUT], facts["held_out_rows_per_shard"])
+    order = [RECORD, *shards_of(manifest.facts, rows)]
     permuted = rows_of(tokens, corpus.sequence_length) > rows
     keep = permuted or manifest.bytes <= KEPT_SIGNALS
     folder = (place.cache if keep else place.scratch) / f"signals-{manifest.key[:12]}"

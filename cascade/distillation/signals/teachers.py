@@ -6,7 +6,7 @@ B rows, T tokens, E teacher hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,11 +98,7 @@ class StoredTeacher:
         taught = make_codec(record["codec"], head.width, head.vocabulary, **settings)
         self.codecs: dict[Part, Codec] = {Part.TRAIN: taught, Part.HELD_OUT: BfloatStates(head.width)}
         self.rows: dict[str, int] = record["rows"]
-        per_shard = record["rows_per_shard"]
-        self.rows_per_shard = {
-            Part.TRAIN: per_shard,
-            Part.HELD_OUT: record.get("held_out_rows_per_shard", per_shard),
-        }
+        self.rows_per_shard = _rows_per_shard(record)
 
     @property
     def waited(self) -> float:
@@ -143,6 +139,13 @@ def shard_name(part: str, shard: int) -> str:
     return f"{part}-{shard:05d}.safetensors"
 
 
-def shards_of(part: Part, rows: int, rows_per_shard: int) -> list[str]:
-    """The files of a part's first rows, in the order of the rows."""
-    return [shard_name(part, shard) for shard in range(-(-rows // rows_per_shard))]
+def shards_of(record: Mapping[str, Any], rows: int) -> list[str]:
+    """The files with the first training rows and all held-out rows, in the order of the rows."""
+    counts, sizes = {Part.TRAIN: rows, Part.HELD_OUT: record["rows"][Part.HELD_OUT]}, _rows_per_shard(record)
+    return [shard_name(part, shard) for part in Part for shard in range(-(-counts[part] // sizes[part]))]
+
+
+def _rows_per_shard(record: Mapping[str, Any]) -> dict[Part, int]:
+    """Of each part; older versions had one figure for both."""
+    trained = record["rows_per_shard"]
+    return {Part.TRAIN: trained, Part.HELD_OUT: record.get("held_out_rows_per_shard", trained)}

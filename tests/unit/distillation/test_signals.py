@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals, writing
+from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, teachers, write_signals, writing
 from cascade.distillation.states import check_head, final_states, head_of
 from cascade.errors import CascadeError, InputError
 from tests.tiny import make_model
@@ -138,3 +138,20 @@ def test_final_states_come_after_the_final_norm() -> None:
         after = final_states(model, ids)
     torch.testing.assert_close(head_of(model).logits(after), model(input_ids=ids).logits)
     torch.testing.assert_close(after, before)
+
+
+def test_signals_of_an_older_version_are_read(tmp_path: Path) -> None:
+    """It stated one figure for both parts' shards, no vocabulary, and another name of the codec."""
+    model, corpus = make_teacher(), make_rows()
+    write_signals(model, corpus, tmp_path, rows=2, held_out_rows=1)
+    path = tmp_path / "signals.json"
+    record = json.loads(path.read_text())
+    for name in ("held_out_rows_per_shard", "vocabulary", "settings"):
+        del record[name]
+    path.write_text(json.dumps({**record, "codec": "hidden-bfloat16"}))
+    old = StoredTeacher(path.parent, head_of(model), corpus.identity)
+    assert len(old.targets(Part.HELD_OUT, [0])) == LENGTH - 1
+    assert teachers.shards_of(json.loads(path.read_text()), 2) == [
+        "train-00000.safetensors",
+        "held_out-00000.safetensors",
+    ]
