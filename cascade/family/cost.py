@@ -21,16 +21,23 @@ def importance_flops(model: Architecture, method: Method, context: int, drops: C
     return round((FORWARDS[method] + blocks / 2) * model.forward_flops(context))
 
 
-def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:
-    """What the teacher costs beside a student: its LM head where its states are stored, else all of it."""
-    return 2 * parent.hidden * parent.vocabulary if stored else parent.forward_flops(context)
+def teacher_flops(parent: Architecture, context: int, stored: bool, whole: bool = True) -> int:
+    """What the teacher costs beside a student for one token.
+
+    All of it online; its LM head where its states are stored; nothing where they are not whole distributions.
+    """
+    if not stored:
+        return parent.forward_flops(context)
+    return 2 * parent.hidden * parent.vocabulary if whole else 0
 
 
-def training_flops(child: Architecture, parent: Architecture, context: int, stored: bool) -> int:
+def training_flops(
+    child: Architecture, parent: Architecture, context: int, stored: bool, whole: bool = True
+) -> int:
     """One trained token."""
-    return TRAINING_FORWARDS * child.forward_flops(context) + teacher_flops(parent, context, stored)
+    return TRAINING_FORWARDS * child.forward_flops(context) + teacher_flops(parent, context, stored, whole)
 
 
 def evaluation_flops(model: Architecture, parent: Architecture, context: int, stored: bool) -> int:
-    """One evaluated token."""
+    """One evaluated token; what is evaluated on is stored whole."""
     return model.forward_flops(context) + teacher_flops(parent, context, stored)

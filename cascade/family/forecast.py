@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cascade.architecture import Architecture
 from cascade.dials import Prune
+from cascade.distillation.signals.codecs import BfloatStates, Codec, codec_of
 from cascade.family.cost import evaluation_flops, importance_flops, training_flops
 from cascade.family.graph import Graph, StageNodes
 from cascade.planning.cost import cost_of_cuts
@@ -18,8 +19,6 @@ from cascade.planning.cost import cost_of_cuts
 # rate of a large float32 product on 2 cores. Doubtful elsewhere: a forecast, not a promise.
 STEP_EFFICIENCY = 0.6
 CONTEXT_OF_CACHE = 4096
-# A stored hidden state is bfloat16.
-SIGNAL_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -32,32 +31,64 @@ class Cost:
 
 def parent_cost(graph: Graph) -> Cost:
     """The parent's copy, its evaluation, and its one forward pass over what the hungriest stage needs."""
-    recipe, parent = graph.recipe, graph.original
-    length, stored = recipe.corpus.sequence_length, graph.signals is not None
-    held_out = recipe.corpus.held_out_tokens
-    tokens = held_out + max(stage.distill.tokens for stage in recipe.stages) if stored else 0
-    flops = tokens * parent.forward_flops(length) + held_out * evaluation_flops(
-        parent, parent, length, stored
-    )
-    return Cost(flops, parent.weight_bytes() + tokens * parent.hidden * SIGNAL_BYTES)
+    parent, length = graph.original, graph.recipe.corpus.sequence_length
+    held_out, signals = graph.recipe.corpus.held_out_tokens, signals_of(graph)
+    tokens = signals.tokens + signals.held_out_tokens if signals else 0
+    evaluated = held_out * evaluation_flops(parent, parent, length, signals is not None)
+    flops = tokens * parent.forward_flops(length) + evaluated
+    return Cost(flops, parent.weight_bytes() + (signals.stored_bytes if signals else 0))
+
+
+@dataclass(frozen=True)
+class SignalsCost:
+    """What the teacher's signals take. token_bytes: of a training token; expected where entries are drawn."""
+
+    codec: Codec
+    tokens: int
+    held_out_tokens: int
+    parent: Architecture
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all rows; held-out rows are stored as states in bfloat16 whatever the codec."""
+        exact = BfloatStates(self.parent.hidden).token_bytes()
+        return round(self.tokens * self.codec.token_bytes() + self.held_out_tokens * exact)
+
+    def __str__(self) -> str:
+        about = "about " if self.codec.flat else ""
+        return (
+            f"teacher signals: {self.codec.name}, {about}{self.codec.token_bytes():,.0f} bytes a token, "
+            f"{self.tokens:,} training and {self.held_out_tokens:,} held-out tokens: "
+            f"{self.stored_bytes / 1e6:,.1f} MB"
+        )
+
+
+def signals_of(graph: Graph) -> SignalsCost | None:
+    """What will be stored of the teacher, or None."""
+    if graph.signals is None:
+        return None
+    section, parent = graph.signals.section, graph.original
+    codec = codec_of(section, parent.hidden, parent.vocabulary)
+    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], parent)
 
 
 def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
     """Calibration of the seed, training and two evaluations of the child; two stored checkpoints."""
     recipe, parent, child = graph.recipe, graph.original, stage.architecture
     length, stored, prune = recipe.corpus.sequence_length, graph.signals is not None, stage.stage.prune
+    whole = not recipe.teacher.signals.keeps_entries
     drops = stage.importance.section.get("drops", ())
     trained = stage.stage.distill.tokens
     flops = (
         prune.calibration_tokens * importance_flops(seed, prune.resolved.importance, length, drops)
-        + trained * training_flops(child, parent, length, stored)
+        + trained * training_flops(child, parent, length, stored, whole)
         + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
     )
     lost, states = 0.0, 0
     for leg, standing in race_legs(stage):
         # The winner's legs are part of its own training.
         shapes = [candidate.architecture for candidate in stage.candidates[1:standing]]
-        lost += leg * trained * sum(training_flops(shape, parent, length, stored) for shape in shapes)
+        lost += leg * trained * sum(training_flops(shape, parent, length, stored, whole) for shape in shapes)
         # Weights and two moments of AdamW.
         states += 3 * standing * child.weight_bytes()
     pruned = sum(candidate.architecture.weight_bytes() for candidate in stage.candidates)
@@ -88,7 +119,13 @@ def machine_rate() -> float:
 
 def plan_table(graph: Graph, rate: float) -> Table:
     """One row a model: shape, counts, memory, and what making it costs at `rate` FLOP/s."""
-    table = Table(title=f"plan of family {graph.recipe.family}", title_justify="left")
+    signals = signals_of(graph)
+    table = Table(
+        title=f"plan of family {graph.recipe.family}",
+        title_justify="left",
+        caption=str(signals or "teacher signals: none are stored, the teacher runs beside every student"),
+        caption_justify="left",
+    )
     for column in ("model", "dial", *SHAPE_COLUMNS, "TFLOPs", "storage", "about"):
         table.add_column(column, justify="left" if column in ("model", "dial") else "right")
     rows: list[tuple[str, str, Architecture, Cost]] = [("parent", "", graph.original, parent_cost(graph))]

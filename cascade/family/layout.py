@@ -13,7 +13,7 @@ from cascade.errors import InputError
 from cascade.family.graph import Candidate, Graph, Kind, Node, Section, StageNodes, StagePlan
 from cascade.importance.method import Method
 from cascade.pruning.repair import Repair, can_fit
-from cascade.recipe import Recipe, Signals, Stage
+from cascade.recipe import Recipe, Signals, Stage, StatePrecision
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,8 @@ def build_graph(
     root = Node(Kind.PARENT, "parent", recipe.family, identity, hints={"parent": parent.reference})
     measured = {"parent": root, "corpus": corpus}
     signals = None
-    if recipe.teacher.signals is Signals.HIDDEN:
-        section = {
-            "codec": "hidden_bf16",
-            "tokens": max(stage.distill.tokens for stage in recipe.stages),
-            "held_out_tokens": recipe.corpus.held_out_tokens,
-        }
+    if recipe.teacher.signals is not Signals.ONLINE:
+        section = signals_section(recipe)
         signals = Node(Kind.SIGNALS, "parent", recipe.family, section, dict(measured))
         measured["signals"] = signals
     evaluated = _evaluated_node(recipe, "parent", measured)
@@ -95,6 +91,21 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
         ],
     }
     return Node(Kind.CORPUS, "parent", recipe.family, section, hints=hints)
+
+
+def signals_section(recipe: Recipe) -> Section:
+    """What is stored of the teacher, and of how many tokens; the seed only where entries are drawn."""
+    teacher = recipe.teacher
+    if teacher.signals.keeps_entries:
+        codec: Section = {"codec": teacher.signals.value, "token_bytes": teacher.token_bytes}
+        codec |= {"seed": recipe.seed} if teacher.signals is not Signals.TOP_K else {}
+    else:
+        codec = {"codec": STATE_CODECS[teacher.precision]}
+    tokens = max(stage.distill.tokens for stage in recipe.stages)
+    return codec | {"tokens": tokens} | held_out_section(recipe)
+
+
+STATE_CODECS = {StatePrecision.BFLOAT16: "hidden_bf16", StatePrecision.INT8: "hidden_int8"}
 
 
 def _evaluated_node(recipe: Recipe, stage: str, inputs: dict[str, Node]) -> Node:
@@ -227,7 +238,8 @@ def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Secti
         learning_rate=dials.learning_rate,
         cross_entropy_weight=dials.cross_entropy_weight,
         objective=dials.objective,
+        objective_weight=dials.objective_weight,
         temperature=dials.temperature,
         seed=recipe.seed,
     )
-    return asdict(settings.resolved(child.hidden, length).settings)
+    return settings.resolved(child.hidden, length).settings.record()

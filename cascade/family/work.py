@@ -21,7 +21,17 @@ from cascade.data.packing import pack
 from cascade.data.sources import Source, documents, fingerprint
 from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.settings import DistillSettings, rows_of
-from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, Teacher, write_signals
+from cascade.distillation.signals import (
+    FinishedShards,
+    OnlineTeacher,
+    Part,
+    ReadAhead,
+    StoredTeacher,
+    Teacher,
+    write_signals,
+)
+from cascade.distillation.signals.codecs import codec_of
+from cascade.distillation.signals.teachers import RECORD, shards_of
 from cascade.distillation.states import head_of
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
@@ -41,7 +51,7 @@ from cascade.models.sources import ParentSource, load_model, load_tokenizer, res
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
-from cascade.storage.artifacts import read_manifest
+from cascade.storage.artifacts import read_manifest, require_manifest
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
 
@@ -113,14 +123,30 @@ def the_parent(place: Workplace, fingerprint: str) -> ParentSource:
 
 
 def make_signals(place: Workplace) -> Result:
-    """The teacher's one forward pass for the whole family."""
+    """The teacher's one forward pass for the whole family; shards that an earlier try finished are kept."""
     corpus, section = place.corpus(), place.job.section
-    rows = min(rows_of(section["tokens"], corpus.sequence_length), len(corpus.train))
+    rows = signal_rows(corpus, section["tokens"])
     held_out = held_out_rows(corpus, section["held_out_tokens"])
     teacher = read_only(place, "parent")
-    facts = write_signals(teacher, corpus, place.folder, rows, held_out, report=place.report)
+    shape, finished = shape_of(teacher), FinishedShards(place.job.training)
+    facts = write_signals(
+        teacher,
+        corpus,
+        place.folder,
+        rows,
+        held_out,
+        codec=codec_of(section, shape.hidden, shape.vocabulary),
+        finished=finished,
+        report=place.report,
+    )
     tokens = (rows + held_out) * corpus.sequence_length
-    return Result(facts, tokens, tokens * shape_of(teacher).forward_flops(corpus.sequence_length))
+    flops = tokens * shape.forward_flops(corpus.sequence_length)
+    return Result(facts, tokens, flops, after_publish=finished.delete)
+
+
+def signal_rows(corpus: Corpus, tokens: int) -> int:
+    """Training rows that so many tokens go through, once."""
+    return min(rows_of(tokens, corpus.sequence_length), len(corpus.train))
 
 
 def make_importance(place: Workplace) -> Result:
@@ -198,7 +224,8 @@ def train(place: Workplace, leg: Leg) -> Trained:
         )
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    flops = training_flops(shape_of(student), parent, corpus.sequence_length, "signals" in place.job.inputs)
+    stored, whole = "signals" in place.job.inputs, taught_whole(teacher)
+    flops = training_flops(shape_of(student), parent, corpus.sequence_length, stored, whole)
     return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, flops, checkpoints)
 
 
@@ -221,17 +248,26 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]), held_out)
+    settings = DistillSettings(**section["distill"])
+    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(done.teacher))
     metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
     facts = {"end": {"tokens": done.steps[-1].tokens, **end_figures}}
     return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
 
 
-def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tuple[Part, list[int]]:
+def taught_whole(teacher: Teacher) -> bool:
+    """Whether the teacher answers for training rows with whole distributions, which a measurement needs."""
+    return teacher.whole(Part.TRAIN) if isinstance(teacher, StoredTeacher) else True
+
+
+def judged_rows(
+    corpus: Corpus, settings: DistillSettings, held_out: int, *, measurable: bool = True
+) -> tuple[Part, list[int]]:
     """Rows that no leg of a race trains on, the same for all: the training's last ones.
 
-    Where every row is seen before the race is over, they are the `held_out` rows that are evaluated.
+    Where every row is seen before the race is over, or training rows are not `measurable` because their
+    distributions are not stored whole, they are the `held_out` rows that are evaluated.
     """
     whole = rows_of(settings.tokens, corpus.sequence_length)
     # The last leg ends with a whole step.
@@ -240,7 +276,7 @@ def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tup
     unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
     most = max(1, JUDGED_TOKENS // corpus.sequence_length)
     rows = [row for row in unseen if row not in raced][:most]
-    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, held_out))))
+    return (Part.TRAIN, rows) if rows and measurable else (Part.HELD_OUT, list(range(min(most, held_out))))
 
 
 def make_distilled(place: Workplace) -> Result:
@@ -284,7 +320,30 @@ def the_teacher(place: Workplace, corpus: Corpus) -> tuple[Teacher, Architecture
     model = read_only(place, "parent")
     if "signals" not in place.job.inputs:
         return OnlineTeacher(model, corpus), shape_of(model)
-    return StoredTeacher(place.input("signals"), head_of(model), corpus.identity), shape_of(model)
+    return StoredTeacher(signal_shards(place, corpus), head_of(model), corpus.identity), shape_of(model)
+
+
+# Signals up to this size stay in the cache folder for the stages that follow.
+KEPT_SIGNALS = 16 * 2**30
+
+
+def signal_shards(place: Workplace, corpus: Corpus) -> ReadAhead:
+    """The stored signals, of which a thread brings what the job will ask for before it does.
+
+    Of an epoch in stored order only the shards at hand are kept, unless all are few; later epochs are
+    permuted and need all of them.
+    """
+    location = open_location(place.job.inputs["signals"]["uri"])
+    manifest = require_manifest(location)
+    tokens = place.job.section.get("distill", {}).get("tokens", 0)
+    rows = signal_rows(corpus, tokens)
+    order = [RECORD, *shards_of(manifest.facts, rows)]
+    permuted = rows_of(tokens, corpus.sequence_length) > rows
+    keep = permuted or manifest.bytes <= KEPT_SIGNALS
+    folder = (place.cache if keep else place.scratch) / f"signals-{manifest.key[:12]}"
+    shards = ReadAhead(location, manifest, folder, order, keep=keep)
+    place.leaving.callback(shards.close)
+    return shards
 
 
 def read_only(place: Workplace, name: str) -> PreTrainedModel:

@@ -19,7 +19,10 @@ def test_help_lists_every_benchmark() -> None:
 def test_unknown_benchmark_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["cut", "sharpen"])
-    assert "no such benchmark: sharpen; there are cut, calibration, race, pruning" in capsys.readouterr().err
+    assert (
+        "no such benchmark: sharpen; there are cut, calibration, race, signals, pruning"
+        in capsys.readouterr().err
+    )
 
 
 def test_no_document_is_on_both_sides(tmp_path: Path) -> None:

@@ -98,6 +98,26 @@ def test_an_online_teacher_needs_no_signals() -> None:
     assert "signals" not in family.stages[0].distilled.inputs
 
 
+def test_the_signals_key_follows_what_is_stored_and_how() -> None:
+    def key(seed: int = 0, **teacher: Any) -> str:
+        signals = graph(teacher=teacher, seed=seed).signals
+        assert signals is not None
+        return signals.key
+
+    different = [
+        key(),
+        key(precision="int8"),
+        *(key(signals=name) for name in ("top_k", "sampled", "head_and_tail")),
+        key(signals="head_and_tail", token_bytes=36),
+        key(signals="head_and_tail", seed=1),
+    ]
+    assert len(set(different)) == len(different)
+    section = graph().signals
+    assert section is not None
+    # What older stores hold stays found.
+    assert section.section == {"codec": "hidden_bf16", "tokens": 20480, "held_out_tokens": 512}
+
+
 def test_artifacts_lie_by_family_and_stage_and_shared_ones_apart() -> None:
     family, store = graph(), open_location("s3://bucket/prefix")
 

@@ -36,6 +36,11 @@ def test_no_leg_trains_on_them(corpus: Corpus, batch: int, share: float) -> None
     assert max(judged) < min(rows, len(corpus.train))
 
 
+def test_where_training_rows_are_not_stored_whole_held_out_rows_judge(corpus: Corpus) -> None:
+    settings = DistillSettings(tokens=len(corpus.train) * LENGTH, batch_rows=2)
+    assert judged_rows(corpus, settings, held_out=2, measurable=False) == (Part.HELD_OUT, [0, 1])
+
+
 def test_where_every_row_is_seen_in_the_race_held_out_rows_judge(corpus: Corpus) -> None:
     settings = DistillSettings(tokens=5 * len(corpus.train) * LENGTH, batch_rows=2)
     assert judged_rows(corpus, settings, held_out=2) == (Part.HELD_OUT, [0, 1])
