@@ -24,6 +24,10 @@ def stage(name: str, prune: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "prune": prune, "distill": {"tokens": 64}}
 
 
+def taught(**distill: Any) -> dict[str, Any]:
+    return {**stage("a", {"ratio": 0.5}), "distill": {"tokens": 64, **distill}}
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("20k", 20_000), ("1.5M", 1_500_000), ("3B", 3 * 10**9), ("1T", 10**12), ("7", 7)]
 )
@@ -78,6 +82,9 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("a", {"ratio": 0.4})]}, ["'a' is used twice"]),
         ({"stages": [stage("parent", {"ratio": 0.5})]}, ["'parent' is reserved"]),
+        ({"stages": [taught(objective_weight=0.5)]}, ["`objective_weight` belongs to jsd", "forward_kl"]),
+        ({"stages": [taught(objective="jsd", objective_weight=1)]}, ["objective_weight", "less than 1"]),
+        ({"stages": [taught(objective="kl")]}, ["objective", "'kl'"]),
         ({"corpus": {"sources": []}}, ["corpus.sources"]),
         ({"seed": -1}, ["seed", "-1"]),
     ],
