@@ -40,8 +40,10 @@ lint: .venv/dev
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# The loss's peers without what else they bring: only their losses are imported.
 .venv/bench: .venv/dev .venv/quickstart
 	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) --no-deps trl==1.16.0 liger-kernel==0.8.5 nvidia-modelopt==0.47.0
 	touch $@
 
 clean:

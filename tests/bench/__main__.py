@@ -12,6 +12,7 @@ from tests.bench.options import PARENT, Options
 BENCHMARKS = {
     "cut": "seconds and memory of one cut, beside torch-pruning's own pruner",
     "calibration": "seconds of the calibration pass, beside a plain forward pass",
+    "loss": "seconds and memory of the distillation loss, beside trl, liger-kernel and nvidia-modelopt",
     "race": "regret and tokens of a race of candidates, beside training every one to the end",
     "signals": "speed of a step with stored signals beside cross-entropy, and what is learned by codec",
     "pruning": "held-out cross-entropy after pruning and after distillation, beside presets and peers",

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.__main__ import BENCHMARKS, main, parser
+from tests.bench.loss import require_agreement, row
+from tests.bench.loss_trial import OURS, N, drawn, measure
 from tests.bench.parents import read_text
 from tests.tiny import make_tokenizer
 
@@ -20,7 +22,7 @@ def test_unknown_benchmark_is_refused_with_those_there_are(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["cut", "sharpen"])
     assert (
-        "no such benchmark: sharpen; there are cut, calibration, race, signals, pruning"
+        "no such benchmark: sharpen; there are cut, calibration, loss, race, signals, pruning"
         in capsys.readouterr().err
     )
 
@@ -41,3 +43,29 @@ def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
     assert places[0].isdisjoint(places[1])
     assert first.corpus.held_out.equal(second.corpus.held_out)
     assert not first.corpus.train.equal(second.corpus.train)
+
+
+def test_a_loss_that_is_another_one_is_no_peer() -> None:
+    same = {"loss": 8.7, "student": 0.027, "head": 0.15}
+    require_agreement({OURS: same, "peer": {**same, "loss": 8.7001}})
+    with pytest.raises(SystemExit, match=r"peer: head is 0\.2, not 0\.15"):
+        require_agreement({OURS: same, "peer": {**same, "head": 0.2}})
+
+
+def test_the_loss_row_says_who_is_fastest_and_how_much_memory_it_takes() -> None:
+    found = {
+        OURS: {"seconds": [1.0, 2.0, 3.0], "extra": [350.0, 350.0, 401.0]},
+        "peer": {"seconds": [2.0, 2.2, 9.0], "extra": [900.0, 900.0, 900.0]},
+    }
+    assert row(128_256, OURS, found)[-1] == "faster than every peer: met, at most 400 MiB: met"
+    assert row(32_000, "peer", found)[2] == "2.00 (1.10 to 3.00)"
+    found["peer"]["seconds"] = [1.9, 1.9, 1.9]
+    assert row(32_000, OURS, found)[-1] == "faster than every peer: missed"
+
+
+def test_the_loss_that_is_measured_is_the_one_that_trains() -> None:
+    figures = measure(OURS, 2000, seed=0)
+    student, head, teacher, other = (tensor.detach().double() for tensor in drawn(2000, N, seed=0))
+    log_q, log_p = (student @ head.T).log_softmax(-1), (teacher @ other.T).log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert figures["loss"] == pytest.approx(exact, rel=1e-5)

@@ -24,13 +24,13 @@ def stage(name: str, prune: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "prune": prune, "distill": {"tokens": 64}}
 
 
-def taught(name: str, **distill: Any) -> dict[str, Any]:
-    return {**stage(name, {"ratio": 0.5}), "distill": {"tokens": 64, **distill}}
+def taught(**distill: Any) -> dict[str, Any]:
+    return {**stage("a", {"ratio": 0.5}), "distill": {"tokens": 64, **distill}}
 
 
 @pytest.mark.parametrize("signals", ["top_k", "sampled", "head_and_tail"])
 def test_kept_entries_do_for_forward_kl_with_cross_entropy(signals: str) -> None:
-    stages = [taught("a", cross_entropy_weight=0.5)]
+    stages = [taught(cross_entropy_weight=0.5)]
     recipe = validate_recipe(tree(teacher={"signals": signals, "token_bytes": 36}, stages=stages), where="t")
     assert recipe.teacher.token_bytes == 36
 
@@ -89,17 +89,20 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("a", {"ratio": 0.4})]}, ["'a' is used twice"]),
         ({"stages": [stage("parent", {"ratio": 0.5})]}, ["'parent' is reserved"]),
+        ({"stages": [taught(objective_weight=0.5)]}, ["`objective_weight` belongs to jsd", "forward_kl"]),
+        ({"stages": [taught(objective="jsd", objective_weight=1)]}, ["objective_weight", "less than 1"]),
+        ({"stages": [taught(objective="kl")]}, ["objective", "'kl'"]),
         ({"corpus": {"sources": []}}, ["corpus.sources"]),
         ({"teacher": {"signals": "top_p"}}, ["teacher.signals", "head_and_tail"]),
         ({"teacher": {"signals": "online", "precision": "int8"}}, ["`precision` belongs to signals hidden"]),
         ({"teacher": {"token_bytes": 36}}, ["`token_bytes` belongs to signals head_and_tail"]),
         ({"teacher": {"signals": "top_k", "token_bytes": 4}}, ["token_bytes", "12"]),
         (
-            {"teacher": {"signals": "head_and_tail"}, "stages": [taught("a", objective="reverse_kl")]},
+            {"teacher": {"signals": "head_and_tail"}, "stages": [taught(objective="reverse_kl")]},
             ["head_and_tail do for objective forward_kl", "stage a asks for reverse_kl", "signals: hidden"],
         ),
         (
-            {"teacher": {"signals": "top_k"}, "stages": [taught("a", temperature=2)]},
+            {"teacher": {"signals": "top_k"}, "stages": [taught(temperature=2)]},
             ["stage a asks for forward_kl at 2"],
         ),
         ({"seed": -1}, ["seed", "-1"]),

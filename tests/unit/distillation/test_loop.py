@@ -21,6 +21,7 @@ from cascade.distillation.training_state import StepRecord
 from cascade.errors import CascadeError, Interrupted
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
+from tests.numerics.divergences import by_definition
 from tests.unit.distillation.teaching import LENGTH, make_rows, make_student, make_teacher
 
 SETTINGS = DistillSettings(tokens=16 * LENGTH, batch_rows=2, micro_rows=1, learning_rate=0.01)
@@ -92,6 +93,22 @@ def test_the_first_step_is_the_definition(corpus: Corpus, teacher: OnlineTeacher
     for (name, ours), theirs in zip(weights(student).items(), weights(plain).values(), strict=True):
         # The first Adam step is lr * sign(gradient): where a gradient is all but zero, its sign is rounding.
         assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("weight", [None, 0.1, 0.9])
+def test_the_weight_of_an_objective_reaches_the_loss(
+    corpus: Corpus, teacher: OnlineTeacher, weight: float | None
+) -> None:
+    settings = DistillSettings(
+        tokens=LENGTH, batch_rows=1, objective=Objective.JSD, objective_weight=weight, temperature=2.0
+    )
+    student = make_student()
+    logits = head_of(student).logits(final_states(student, corpus.train[:1].long()))[0, :-1]
+    log_q, log_p = ((z / 2).log_softmax(-1) for z in (logits, teacher.targets(Part.TRAIN, [0]).logits()))
+    expected = by_definition(Objective.JSD, log_q.double(), log_p.double(), weight or 0.5).mean()
+    [step] = distill(student, teacher, corpus, settings=settings)
+    assert step.kl == pytest.approx(expected.item(), rel=1e-4)
+    assert step.loss == pytest.approx(4 * expected.item(), rel=1e-4)
 
 
 def test_weight_decay_spares_vectors() -> None:

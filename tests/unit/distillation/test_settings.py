@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cascade.distillation.objectives import Objective
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.errors import InputError
 
@@ -78,3 +79,19 @@ def test_values_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> Non
     with pytest.raises(InputError) as caught:
         DistillSettings(**{"tokens": 16, **wrong})  # type: ignore[arg-type]
     assert (caught.value.where, caught.value.value) == next((k, str(v)) for k, v in wrong.items())
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_a_weight_is_recorded_only_where_the_objective_has_one(objective: Objective) -> None:
+    """A key of a run that does not use it must not know of it."""
+    default = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}.get(objective.value)
+    record = DistillSettings(tokens=320, objective=objective).resolved(64, 16).settings.record()
+    assert record.get("objective_weight") == default
+    assert ("objective_weight" in record) == (default is not None)
+
+
+@pytest.mark.parametrize(("objective", "weight"), [(Objective.FORWARD_KL, 0.5), (Objective.JSD, 1.0)])
+def test_a_weight_that_the_objective_does_not_take_is_refused(objective: Objective, weight: float) -> None:
+    with pytest.raises(InputError, match="objective_weight") as caught:
+        DistillSettings(tokens=16, objective=objective, objective_weight=weight)
+    assert (caught.value.where, caught.value.value) == ("objective_weight", str(weight))

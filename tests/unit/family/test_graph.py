@@ -92,6 +92,23 @@ def test_what_does_not_change_the_result_stays_outside_the_key() -> None:
     assert changed(graph(), graph(stages=with_stage(0, "distill", epochs=3))) == set()
 
 
+def test_an_objective_and_its_weight_are_part_of_the_key_where_they_matter() -> None:
+    taught = {"small/distilled", "small/evaluated"}
+    plain, skewed, stated, other = (
+        graph(stages=with_stage(1, "distill", **values))
+        for values in (
+            {},
+            {"objective": "skew_kl"},
+            {"objective": "skew_kl", "objective_weight": 0.1},
+            {"objective": "skew_kl", "objective_weight": 0.2},
+        )
+    )
+    assert "objective_weight" not in plain.stages[1].distilled.section["distill"]
+    assert changed(plain, skewed) == taught
+    assert changed(skewed, stated) == set()
+    assert changed(skewed, other) == taught
+
+
 def test_an_online_teacher_needs_no_signals() -> None:
     family = graph(teacher={"signals": "online"})
     assert Kind.SIGNALS not in {node.kind for node in family}

@@ -1,0 +1,38 @@
+"""Families of parents whose logits are capped or scaled, with other objectives than the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cascade.family.build import build, plan_family, run_options
+from cascade.family.runner import NodeHost
+from cascade.recipe import Options, Recipe
+from cascade.report import SILENT
+from tests.tiny import make_parent
+from tests.tiny_family import tiny_tree
+
+
+@pytest.mark.parametrize(
+    ("family", "logits", "objective"),
+    [
+        ("gemma2", {"final_logit_softcapping": 3.0}, {"objective": "jsd", "objective_weight": 0.3}),
+        ("granite", {"logits_scaling": 0.25}, {"objective": "skew_kl"}),
+    ],
+)
+def test_a_child_of_such_a_parent_learns(
+    tiny_corpus: Path, tmp_path: Path, family: str, logits: dict[str, float], objective: dict[str, object]
+) -> None:
+    tree = tiny_tree(make_parent(tmp_path / "parent", family, **logits), tiny_corpus)
+    tree["stages"] = tree["stages"][1:]
+    tree["stages"][0]["distill"] |= objective
+    run = run_options(
+        Recipe.model_validate(tree), str(tmp_path / "store"), Options(cache=str(tmp_path / "cache"))
+    )
+    with NodeHost() as host:
+        graph = plan_family(Recipe.model_validate(tree), tmp_path / "cache")
+        index = build(graph, run, lambda job: host.run(job, SILENT))
+    (stage,) = index["stages"]
+    assert stage["held_out_ce"] < stage["pruned_held_out_ce"]
+    assert stage["kl_to_parent"] > 0
