@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cascade.console import ConsoleReport, Json, family_table, race_tables, record_table
-from cascade.errors import CascadeError
+from cascade.console import (
+    ConsoleReport,
+    Json,
+    control_tables,
+    family_table,
+    ledger_table,
+    race_tables,
+    record_table,
+)
+from cascade.errors import CascadeError, InputError
 from cascade.recipe import Options, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -114,7 +122,13 @@ def build_in_prefect(recipe: Recipe, store: str, options: Options, report: Conso
 
 
 @app.command()
-def show(uri: Uri, as_json: AsJson = False) -> None:
+def show(
+    uri: Uri,
+    as_json: AsJson = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Of a family: what it cost, node by node.")
+    ] = False,
+) -> None:
     """Show a family, or one artifact, with its lineage, figures and cost."""
     from cascade.family.index import read_index
     from cascade.storage.artifacts import read_manifest
@@ -125,10 +139,24 @@ def show(uri: Uri, as_json: AsJson = False) -> None:
     record = manifest.model_dump(mode="json") if manifest else read_index(location)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
+    elif ledger:
+        require_ledger(uri, record)
+        output().print(ledger_table(record))
     elif manifest:
         output().print(record_table(uri, record))
     else:
         print_family(record)
+
+
+def require_ledger(uri: str, record: Json) -> None:
+    """Raise InputError for an artifact, and for a family of a version that kept no ledger."""
+    if "ledger" not in record:
+        raise InputError(
+            "there is no ledger here",
+            value=uri,
+            where="--ledger",
+            remedy="give <root>/<family>; a family built by an older version gets one by `cascade build`",
+        )
 
 
 @app.command()
@@ -146,8 +174,8 @@ def verify(uri: Uri) -> None:
 
 
 def print_family(index: Json) -> None:
-    """The family's table, and one for each race."""
-    for table in (family_table(index), *race_tables(index)):
+    """The family's table, one for each race, and one for the controls."""
+    for table in (family_table(index), *race_tables(index), *control_tables(index)):
         output().print(table)
 
 

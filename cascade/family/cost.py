@@ -26,11 +26,11 @@ def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:
     return 2 * parent.hidden * parent.vocabulary if stored else parent.forward_flops(context)
 
 
-def training_flops(child: Architecture, parent: Architecture, context: int, stored: bool) -> int:
-    """One trained token."""
-    return TRAINING_FORWARDS * child.forward_flops(context) + teacher_flops(parent, context, stored)
+def student_flops(child: Architecture, context: int, frozen: bool = False) -> int:
+    """One trained token. frozen: matrices get no gradients of their own, only pass them on."""
+    return (TRAINING_FORWARDS - frozen) * child.forward_flops(context)
 
 
-def evaluation_flops(model: Architecture, parent: Architecture, context: int, stored: bool) -> int:
-    """One evaluated token."""
-    return model.forward_flops(context) + teacher_flops(parent, context, stored)
+def body_flops(model: Architecture, context: int) -> int:
+    """One token through the layers, without the LM head: a rotation's or a repair's pass."""
+    return model.forward_flops(context) - 2 * model.hidden * model.vocabulary

@@ -19,7 +19,10 @@ from cascade.data import corpus as corpora
 from cascade.data.corpus import Corpus, require_tokens
 from cascade.data.packing import pack
 from cascade.data.sources import Source, documents, fingerprint
+from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
+from cascade.distillation.lora import LowRank
+from cascade.distillation.mixture import MixedTeacher
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, Teacher, write_signals
 from cascade.distillation.states import head_of
@@ -27,20 +30,23 @@ from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
-from cascade.family.cost import evaluation_flops, importance_flops, training_flops
+from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
 from cascade.family.graph import Kind
 from cascade.family.layout import RACE_PART
-from cascade.family.workplace import Result, Workplace
+from cascade.family.students import make_initialised, make_parent, the_source
+from cascade.family.teachers import role
+from cascade.family.workplace import PassedTokens, Result, Workplace
 from cascade.importance.agreement import doubts
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
 from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
 from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
-from cascade.models.sources import ParentSource, load_model, load_tokenizer, resolve_parent
+from cascade.models.sources import load_tokenizer
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
+from cascade.roles import Correction
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
@@ -57,7 +63,7 @@ JUDGED_TOKENS = 16_384
 def make_corpus(place: Workplace) -> Result:
     """Documents to packed rows; too little text for a stage is an error before anything is stored."""
     section, hints = place.job.section, place.job.hints
-    tokenizer = load_tokenizer(the_parent(place, section["tokenizer"]))
+    tokenizer = load_tokenizer(the_source(place, section["tokenizer"]))
     sources = [Source(**source) for source in hints["sources"]]
     packed = pack(
         itertools.chain.from_iterable(documents(source) for source in sources),
@@ -87,31 +93,6 @@ def require_unchanged(sources: list[Source], planned: list[str]) -> None:
             )
 
 
-def make_parent(place: Workplace) -> Result:
-    """The parent as a plain Hugging Face folder in its own precision, whatever form it came in."""
-    source = the_parent(place, place.job.section["fingerprint"])
-    model = load_model(source)
-    architecture = decoder_of(model).architecture
-    save_model(model, load_tokenizer(source), place.folder)
-    return Result({"parameters": architecture.parameters, "architecture": architecture.record()})
-
-
-def the_parent(place: Workplace, fingerprint: str) -> ParentSource:
-    """The parent that was planned; raises InputError when its content has changed since."""
-    options = place.job.options
-    source = resolve_parent(
-        place.job.hints["parent"], trust_remote_code=options.trust_remote_code, cache=place.cache
-    )
-    if source.fingerprint != fingerprint:
-        raise InputError(
-            "the parent changed after the family was planned",
-            value=source.fingerprint[:12],
-            where=source.reference,
-            remedy="run the command again; it plans with the parent as it is now",
-        )
-    return source
-
-
 def make_signals(place: Workplace) -> Result:
     """The teacher's one forward pass for the whole family."""
     corpus, section = place.corpus(), place.job.section
@@ -120,7 +101,8 @@ def make_signals(place: Workplace) -> Result:
     teacher = read_only(place, "parent")
     facts = write_signals(teacher, corpus, place.folder, rows, held_out, report=place.report)
     tokens = (rows + held_out) * corpus.sequence_length
-    return Result(facts, tokens, tokens * shape_of(teacher).forward_flops(corpus.sequence_length))
+    flops = tokens * shape_of(teacher).forward_flops(corpus.sequence_length)
+    return Result(facts, tokens, flops, teacher_flops=flops)
 
 
 def make_importance(place: Workplace) -> Result:
@@ -167,23 +149,25 @@ def make_pruned(place: Workplace) -> Result:
         for doubt in doubts(measured.facts["agreement"], measured.tokens, scoring, axes):
             place.report.log(f"warning: {doubt}")
     surgery = Surgery(section["rotate"], Repair(section["repair"]))
-    child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=place.report)
+    passed = PassedTokens(place.report)
+    child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=passed)
     save_model(child, load_folder_tokenizer(folder, trust), place.folder)
-    return Result({"parameters": target.parameters, "kept": kept})
+    flops = passed.tokens * body_flops(source, place.corpus().sequence_length) if passed.tokens else 0
+    return Result({"parameters": target.parameters, "kept": kept}, passed.tokens, flops)
 
 
-def train(place: Workplace, leg: Leg) -> Trained:
-    """The job's training, or a leg of it."""
-    corpus, folder = place.corpus(), place.input("student")
-    trust = place.job.options.trust_remote_code
-    student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
+def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:
+    """The job's training, or a leg of it; student: the input of that name unless it is given."""
+    corpus, trust = place.corpus(), place.job.options.trust_remote_code
+    if student is None:
+        student = load_folder(place.input("student"), torch.float32, place.device, trust_remote_code=trust)
     checkpoints = TrainingCheckpoints(place.job.training)
     before = 0
     if "raced" in place.job.inputs:
         raced = place.input("raced")
         leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
-    teacher, parent = the_teacher(place, corpus)
+    teacher, teacher_flops = the_teachers(place, corpus, head_of(student).vocabulary)
     with place.stop.cooperative():
         steps = distill(
             student,
@@ -198,21 +182,36 @@ def train(place: Workplace, leg: Leg) -> Trained:
         )
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    flops = training_flops(shape_of(student), parent, corpus.sequence_length, "signals" in place.job.inputs)
-    return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, flops, checkpoints)
+    return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, teacher_flops, checkpoints)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's end. steps: with those of legs before; tokens: of this one; flops: of a token."""
+    """A training's end. steps: with those of legs before; tokens: of this one; teacher_flops: of a token."""
 
     student: PreTrainedModel
     teacher: Teacher
     corpus: Corpus
     steps: list[StepRecord]
     tokens: int
-    flops: int
+    teacher_flops: int
     checkpoints: TrainingCheckpoints
+
+    def result(self, facts: dict[str, Any]) -> Result:
+        """What the node leaves: this training's tokens and FLOPs, and no snapshots."""
+        own = student_flops(shape_of(self.student), self.corpus.sequence_length)
+        return Result(
+            facts,
+            self.tokens,
+            self.tokens * (own + self.teacher_flops),
+            teacher_flops=self.tokens * self.teacher_flops,
+            after_publish=self.checkpoints.delete,
+        )
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """The first and the last step, as facts."""
+        return {"first": asdict(self.steps[0]), "last": asdict(self.steps[-1])}
 
 
 def make_raced(place: Workplace) -> Result:
@@ -224,8 +223,11 @@ def make_raced(place: Workplace) -> Result:
     part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]), held_out)
     metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
-    facts = {"end": {"tokens": done.steps[-1].tokens, **end_figures}}
-    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
+    result = done.result({"end": {"tokens": done.steps[-1].tokens, **end_figures}})
+    judged = len(rows) * done.corpus.sequence_length
+    teacher = judged * done.teacher_flops
+    own = judged * shape_of(done.student).forward_flops(done.corpus.sequence_length)
+    return replace(result, flops=result.flops + own + teacher, teacher_flops=result.teacher_flops + teacher)
 
 
 def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tuple[Part, list[int]]:
@@ -248,12 +250,27 @@ def make_distilled(place: Workplace) -> Result:
     folder, trust = place.input("student"), place.job.options.trust_remote_code
     done = train(place, WHOLE)
     save_model(done.student, load_folder_tokenizer(folder, trust), place.folder)
-    facts = {
-        "first": asdict(done.steps[0]),
-        "last": asdict(done.steps[-1]),
-        "gate": gate(place.folder, shape_of(done.student).parameters),
-    }
-    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
+    return done.result({**done.ends, "gate": gate(place.folder, shape_of(done.student).parameters)})
+
+
+def make_corrected(place: Workplace) -> Result:
+    """Fine-tune a teacher on the corpus; what LoRA adds is merged, so that it is a model like any other."""
+    folder, trust, section = place.input("student"), place.job.options.trust_remote_code, place.job.section
+    teacher = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
+    shape, lora = shape_of(teacher), Correction(section["correction"]) is Correction.LORA
+    additions = LowRank(teacher, section["seed"]) if lora else None
+    done = train(place, WHOLE, teacher)
+    if additions:
+        teacher = additions.merged()
+    save_model(teacher, load_folder_tokenizer(folder, trust), place.folder)
+    flops = done.tokens * student_flops(shape, done.corpus.sequence_length, frozen=lora)
+    return Result(
+        {**done.ends, "gate": gate(place.folder, shape.parameters)},
+        done.tokens,
+        flops,
+        teacher_flops=flops,
+        after_publish=done.checkpoints.delete,
+    )
 
 
 def make_evaluated(place: Workplace) -> Result:
@@ -263,15 +280,15 @@ def make_evaluated(place: Workplace) -> Result:
     teacher, parent = the_teacher(place, corpus)
     names = ["pruned", "distilled"] if "distilled" in place.job.inputs else ["parent"]
     facts: dict[str, Any] = {}
-    flops, tokens = 0, rows * corpus.sequence_length
+    flops, length = 0, corpus.sequence_length
+    tokens = rows * length
     for name in names:
         model = read_only(place, name)
         facts[name] = asdict(evaluate(model, teacher, corpus, range(rows), report=place.report))
-        flops += tokens * evaluation_flops(
-            shape_of(model), parent, corpus.sequence_length, "signals" in place.job.inputs
-        )
+        flops += tokens * shape_of(model).forward_flops(length)
     (place.folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return Result(facts, tokens * len(names), flops)
+    parents = tokens * len(names) * teacher_flops(parent, length, "signals" in place.job.inputs)
+    return Result(facts, tokens * len(names), flops + parents, teacher_flops=parents)
 
 
 def held_out_rows(corpus: Corpus, tokens: int) -> int:
@@ -279,12 +296,32 @@ def held_out_rows(corpus: Corpus, tokens: int) -> int:
     return min(rows_of(tokens, corpus.sequence_length), len(corpus.held_out))
 
 
-def the_teacher(place: Workplace, corpus: Corpus) -> tuple[Teacher, Architecture]:
-    """The parent, from its stored signals where the family has them, and its architecture."""
-    model = read_only(place, "parent")
-    if "signals" not in place.job.inputs:
-        return OnlineTeacher(model, corpus), shape_of(model)
-    return StoredTeacher(place.input("signals"), head_of(model), corpus.identity), shape_of(model)
+def the_teacher(
+    place: Workplace, corpus: Corpus, model: str = "parent", signals: str = "signals"
+) -> tuple[Teacher, Architecture]:
+    """A model among the inputs, from its stored signals where there are any, and its architecture."""
+    found = read_only(place, model)
+    if signals not in place.job.inputs:
+        return OnlineTeacher(found, corpus), shape_of(found)
+    return StoredTeacher(place.input(signals), head_of(found), corpus.identity), shape_of(found)
+
+
+def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> tuple[Teacher, int]:
+    """Who teaches in this job, and the FLOPs that it takes a token: without any, the corpus itself.
+
+    vocabulary: of the student's LM head.
+    """
+    weights = place.job.section.get("weights", [1.0])
+    names = ["parent"] if "parent" in place.job.inputs else [role("teacher", i) for i in range(len(weights))]
+    if names[0] not in place.job.inputs:
+        return CorpusTeacher(corpus, vocabulary), 0
+    teachers, flops = [], 0
+    for index, name in enumerate(names):
+        signals = role("signals", index)
+        teacher, shape = the_teacher(place, corpus, name, signals)
+        teachers.append(teacher)
+        flops += teacher_flops(shape, corpus.sequence_length, signals in place.job.inputs)
+    return (teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights)), flops
 
 
 def read_only(place: Workplace, name: str) -> PreTrainedModel:
@@ -301,9 +338,12 @@ def shape_of(model: PreTrainedModel) -> Architecture:
 WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.CORPUS: make_corpus,
     Kind.PARENT: make_parent,
+    Kind.GIVEN: make_parent,
+    Kind.CORRECTED: make_corrected,
     Kind.SIGNALS: make_signals,
     Kind.IMPORTANCE: make_importance,
     Kind.PRUNED: make_pruned,
+    Kind.INITIALISED: make_initialised,
     Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
     Kind.EVALUATED: make_evaluated,
