@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import model_validator
 
-from cascade.distillation.objectives import Objective
+from cascade.distillation.objectives import Objective, check_weight
 from cascade.fields import Bytes, Count, Section, setting
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.planning.axes import Axis
@@ -198,7 +198,15 @@ class Distill(Section):
         Objective.FORWARD_KL,
         2,
         "Objective",
-        "Divergence between the teacher's and the student's distribution.",
+        "forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl or total_variation of teacher and student.",
+    )
+    objective_weight: float | None = setting(
+        None,
+        7,
+        "Objective weight",
+        "beta of jsd (0.5 when empty) or alpha of skew_kl and skew_reverse_kl (0.1 when empty).",
+        gt=0,
+        lt=1,
     )
     temperature: float = setting(1.0, 3, "Temperature", "Both logits are divided by it.", gt=0, le=100)
     cross_entropy_weight: float = setting(
@@ -210,3 +218,9 @@ class Distill(Section):
     batch_tokens: Count | None = setting(
         None, 6, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
     )
+
+    @model_validator(mode="after")
+    def weight_of_its_objective(self) -> Distill:
+        """A weight is for an objective that has one."""
+        check_weight(self.objective, self.objective_weight)
+        return self

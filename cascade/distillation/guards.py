@@ -38,7 +38,10 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
     targets = teacher.targets(Part.TRAIN, [corpus.row(0)])[: ids_BT.shape[1] - 1]
     labels_N = ids_BT[0, 1:]
     loss = partial(
-        fused_distillation_loss, objective=plan.settings.objective, temperature=plan.settings.temperature
+        fused_distillation_loss,
+        objective=plan.settings.objective,
+        objective_weight=plan.settings.objective_weight,
+        temperature=plan.settings.temperature,
     )
     itself = 0.0
     if isinstance(targets, StateTargets):

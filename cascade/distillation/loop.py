@@ -169,6 +169,7 @@ def _accumulate(
             targets,
             ids_BT[:, 1:].flatten(),
             objective=settings.objective,
+            objective_weight=settings.objective_weight,
             temperature=settings.temperature,
             cross_entropy_weight=settings.cross_entropy_weight,
             total_targets=len(rows) * (plan.sequence_length - 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from cascade.distillation.objectives import Objective
+from cascade.distillation.objectives import DEFAULT_WEIGHTS, Objective, check_weight
 from cascade.errors import InputError
 
 
@@ -15,7 +15,8 @@ class DistillSettings:
     tokens: training tokens, rounded up to whole rows. batch_rows: rows of one optimiser step.
     micro_rows: rows of one forward and backward pass (bounds memory, changes nothing but rounding).
     learning_rate: the peak. warmup and final: shares, of the steps and of the peak (usual values; others
-    were not compared). clip: largest gradient norm.
+    were not compared). clip: largest gradient norm. objective_weight: beta or alpha of an
+    objective that has one.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class DistillSettings:
     weight_decay: float = 0.1
     cross_entropy_weight: float = 0.0
     objective: Objective = Objective.FORWARD_KL
+    objective_weight: float | None = None
     temperature: float = 1.0
     seed: int = 0
 
@@ -52,6 +54,19 @@ class DistillSettings:
                     where=name,
                     remedy=f"set it to {allowed}",
                 )
+        try:
+            check_weight(self.objective, self.objective_weight)
+        except ValueError as error:
+            raise InputError(
+                str(error),
+                value=self.objective_weight,
+                where="objective_weight",
+                remedy="leave it out, or give one that the objective takes",
+            ) from error
+
+    def record(self) -> dict[str, object]:
+        """What is set, as plain JSON: a setting that is off leaves no trace in a key."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def resolved(self, hidden: int, sequence_length: int) -> Plan:
         """Every number of the run, for a student of that width on rows of that length."""
@@ -59,7 +74,10 @@ class DistillSettings:
         batch = min(self.batch_rows or derived_batch_rows(self.tokens, sequence_length), rows)
         micro = min(self.micro_rows or max(1, MICRO_TOKENS // sequence_length), batch)
         rate = self.learning_rate or derived_learning_rate(hidden)
-        settings = replace(self, batch_rows=batch, micro_rows=micro, learning_rate=rate)
+        weight = self.objective_weight or DEFAULT_WEIGHTS.get(self.objective)
+        settings = replace(
+            self, batch_rows=batch, micro_rows=micro, learning_rate=rate, objective_weight=weight
+        )
         return Plan(settings, rows, batch, micro, rate, sequence_length)
 
 
@@ -98,7 +116,7 @@ class Plan:
 
     def record(self) -> dict[str, object]:
         """Plain JSON; two runs with equal records (and data) do the same arithmetic."""
-        return {**asdict(self.settings), "rows": self.rows, "sequence_length": self.sequence_length}
+        return {**self.settings.record(), "rows": self.rows, "sequence_length": self.sequence_length}
 
 
 def rows_of(tokens: int, sequence_length: int) -> int:

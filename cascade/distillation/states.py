@@ -1,28 +1,38 @@
 """Reading a causal language model as hidden states and a head, checked against its own logits.
 
-B batch, T tokens, D hidden, V vocabulary.
+B batch, T tokens, N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.errors import InputError
 
 HEAD_TOLERANCE = 1e-2
-"""Largest accepted max|logits - states @ head^T| / max|logits|. Float32 lands near 1e-6 and
-bfloat16 near 4e-3 (one rounding of the logits), while a soft cap or a scale is off by far more."""
+"""Largest accepted max|logits - head(states)| / max|logits|. Float32 lands near 1e-6 and bfloat16 near
+4e-3 (one rounding of the logits), while a bias, a soft cap or a scale is off by far more."""
+
+# Fields of configs, not names of models; `check_head` compares numbers with the model's own logits.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+CAPS = ("final_logit_softcapping",)
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns final states into logits: one linear map without a bias. weight: [V, D]."""
+    """What turns final states into logits: cap * tanh(scale * states @ weight^T / cap). weight: [V, D].
+
+    cap: None where logits are not capped (Gemma 2, 2408.00118, section 2, has 30).
+    """
 
     weight: Tensor
+    scale: float = 1.0
+    cap: float | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -36,15 +46,34 @@ class Head:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Head:
         """On a device, in a type."""
-        return Head(self.weight.to(device, dtype))
+        return replace(self, weight=self.weight.to(device, dtype))
 
     def detach(self) -> Head:
         """Without gradients."""
-        return Head(self.weight.detach())
+        return replace(self, weight=self.weight.detach())
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[..., V] of states [..., D] of the weight's type."""
-        return states @ self.weight.T
+    def narrowed(self, vocabulary: int) -> Head:
+        """Of the first entries alone: the others' logits are -inf, so to say. Shares the weight's memory."""
+        return replace(self, weight=self.weight[:vocabulary])
+
+    def logits(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """[..., V] of states [..., D] of the weight's type.
+
+        out: [N, V], float32 or wider, is written and returned; then states are [N, D] and no gradients flow.
+        """
+        if out is None:
+            product = states @ self.weight.T
+        elif out.dtype == states.dtype:
+            product = torch.mm(states, self.weight.T, out=out)
+        else:
+            product = out.copy_(states @ self.weight.T)
+        if self.scale != 1:
+            product = product.mul_(self.scale) if out is not None else product * self.scale
+        if self.cap is None:
+            return product
+        if out is not None:
+            return product.div_(self.cap).tanh_().mul_(self.cap)
+        return self.cap * torch.tanh(product / self.cap)
 
 
 def final_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -54,27 +83,40 @@ def final_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> Head:
     """The LM head; its weight is the embeddings' own tensor where the two are tied."""
-    return Head(model.get_output_embeddings().weight)
+    scale, cap = shape_of_logits(model.config)
+    return Head(model.get_output_embeddings().weight, scale, cap)
+
+
+def shape_of_logits(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Scale and soft cap that a config states; 1 and None where it does not."""
+    scale = 1.0
+    for field in (*MULTIPLIERS, *DIVISORS):
+        stated = getattr(config, field, None)
+        if stated is not None:
+            scale = scale / stated if field in DIVISORS else scale * stated
+    caps = [cap for field in CAPS if (cap := getattr(config, field, None))]
+    return scale, caps[0] if caps else None
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, ids_T: Tensor) -> None:
-    """Refuse a model whose logits are more than one matrix product of its final states.
+    """Refuse a model whose logits are not what `head_of` makes of its final states.
 
-    ids_T: a few token ids. A soft cap (Gemma), a scale (Cohere, Granite) or a bias would silently
-    change the objective, so the numbers are compared instead of a list of model names.
+    ids_T: a few token ids. A bias, or a scale or cap that the config does not name as expected, would
+    silently change the objective, so the numbers are compared instead of a list of model names.
     Raises InputError.
     """
     ids_BT = ids_T[None].to(device_of(model))
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
-    product_BTV = head_of(model).logits(final_states(model, ids_BT)).float()
-    difference = (logits_BTV - product_BTV).abs().max() / logits_BTV.abs().max().clamp_min(1e-30)
+    head_BTV = head_of(model).logits(final_states(model, ids_BT)).float()
+    difference = (logits_BTV - head_BTV).abs().max() / logits_BTV.abs().max().clamp_min(1e-30)
     if not difference.item() <= HEAD_TOLERANCE:
         raise InputError(
-            "the model's logits are not its final hidden states times its LM head",
+            "the model's logits are not its LM head's, applied to its final hidden states",
             value=f"relative difference {difference.item():.3g}",
             where=f"the LM head of {model.config.model_type}",
-            remedy="use a model whose LM head is one linear layer without bias, scale or soft cap",
+            remedy="use a model whose LM head is one linear layer without bias, with at most a scale and a "
+            f"soft cap that its config states as one of {', '.join((*MULTIPLIERS, *DIVISORS, *CAPS))}",
         )
 
 

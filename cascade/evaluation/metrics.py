@@ -17,6 +17,7 @@ from cascade.data.corpus import Corpus
 from cascade.distillation.fused import chunk_tokens
 from cascade.distillation.signals import Part, Teacher, batch_ids
 from cascade.distillation.states import check_head, device_of, final_states, head_of
+from cascade.distillation.targets import aligned, dense
 from cascade.errors import InputError
 from cascade.report import SILENT, Report
 
@@ -58,15 +59,8 @@ def evaluate(
             where="corpus.held_out_tokens",
             remedy="raise it, or hold out a larger share of the corpus",
         )
-    vocabulary = teacher.targets(part, rows[:1]).vocabulary
-    if head_of(model).vocabulary != vocabulary:
-        raise InputError(
-            "model and parent have different vocabularies",
-            value=f"{head_of(model).vocabulary} and {vocabulary} entries",
-            where="the LM heads",
-            remedy="compare with the parent that the model was made from",
-        )
     model.eval()
+    vocabulary = head_of(model).vocabulary
     device = device_of(model)
     check_head(model, batch_ids(corpus, part, rows[:1], device)[0])
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -75,7 +69,7 @@ def evaluate(
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         ids_BT = batch_ids(corpus, part, some, device)
-        answers = teacher.targets(part, some).to(device, torch.float32)
+        answers = aligned(teacher.targets(part, some), vocabulary).to(device, torch.float32)
         began = _now(device)
         model_ND = final_states(model, ids_BT)[:, :-1].flatten(0, 1)
         seconds += _now(device) - began
@@ -83,7 +77,7 @@ def evaluate(
             began = _now(device)
             logits_CV = head_of(model).logits(model_ND[cut])
             seconds += _now(device) - began
-            sums += _compare(logits_CV.float(), answers[cut].logits(), ids_BT[:, 1:].flatten()[cut])
+            sums += _compare(logits_CV.float(), dense(answers[cut]).logits(), ids_BT[:, 1:].flatten()[cut])
         done = (start + len(some)) * corpus.sequence_length
         report.progress(done, len(rows) * corpus.sequence_length, "tokens")
     targets = len(rows) * (corpus.sequence_length - 1)
@@ -92,10 +86,15 @@ def evaluate(
 
 
 def _compare(logits_CV: Tensor, parent_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Sums [3] over the chunk: cross-entropy, KL(parent || model), tokens with the same first choice."""
+    """Sums [3] over the chunk: cross-entropy, KL(parent || model), tokens with the same first choice.
+
+    The parent's columns may be fewer: where the two are padded differently, the KL is over what both have.
+    """
     agreed = (logits_CV.argmax(-1) == parent_CV.argmax(-1)).sum(dtype=torch.float64)
     log_CV, log_parent_CV = logits_CV.log_softmax(-1), parent_CV.log_softmax(-1)
     ce = -log_CV.gather(1, labels_C[:, None]).sum(dtype=torch.float64)
+    if (shared := parent_CV.shape[1]) < logits_CV.shape[1]:
+        log_CV = logits_CV[:, :shared].log_softmax(-1)
     kl = (log_parent_CV.exp() * (log_parent_CV - log_CV)).sum(-1).sum(dtype=torch.float64)
     return torch.stack([ce, kl, agreed])
 

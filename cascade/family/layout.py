@@ -304,7 +304,8 @@ def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Secti
         learning_rate=dials.learning_rate,
         cross_entropy_weight=dials.cross_entropy_weight,
         objective=dials.objective,
+        objective_weight=dials.objective_weight,
         temperature=dials.temperature,
         seed=recipe.seed,
     )
-    return asdict(settings.resolved(child.hidden, length).settings)
+    return settings.resolved(child.hidden, length).settings.record()

@@ -80,14 +80,9 @@ def pickled_parent(tree: Tree, folder: Path) -> list[str]:
     return ["pytorch_model.bin", "safetensors"]
 
 
-def capped_logits(tree: Tree, folder: Path) -> list[str]:
-    tree["parent"] = str(make_parent(folder / "gemma2", "gemma2", final_logit_softcapping=500.0))
-    return ["the LM head of gemma2", "soft cap"]
-
-
-def scaled_logits(tree: Tree, folder: Path) -> list[str]:
-    tree["parent"] = str(make_parent(folder / "granite", "granite", logits_scaling=2.0))
-    return ["the LM head of granite"]
+def scaled_otherwise(tree: Tree, folder: Path) -> list[str]:
+    tree["parent"] = str(make_parent(folder / "hyperclovax", "hyperclovax", logits_scaling=4.0))
+    return ["the LM head of hyperclovax", "logits_scaling"]
 
 
 def absent_axis(tree: Tree, folder: Path) -> list[str]:
@@ -117,8 +112,7 @@ CASES = [
     odd_hidden_size,
     rotated_layer_norms,
     contradicted_preset,
-    capped_logits,
-    scaled_logits,
+    scaled_otherwise,
     unknown_key,
     child_not_smaller,
     budget_below_the_embeddings,

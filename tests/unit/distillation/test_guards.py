@@ -71,7 +71,7 @@ def test_a_teacher_whose_states_are_not_finite_is_caught() -> None:
 
 
 def test_another_vocabulary_is_refused() -> None:
-    student = make_student(vocab_size=300)
+    student = make_student(vocab_size=2000)
     with pytest.raises(InputError, match="different vocabularies"):
         check_before_training(student, OnlineTeacher(make_teacher(), make_rows()), make_rows(), make_plan())
 

@@ -62,4 +62,22 @@ def test_nothing_to_measure_is_refused() -> None:
 def test_another_vocabulary_is_refused() -> None:
     corpus = make_rows()
     with pytest.raises(InputError, match="different vocabularies"):
-        evaluate(make_student(vocab_size=300), OnlineTeacher(make_teacher(), corpus), corpus, range(1))
+        evaluate(make_student(vocab_size=2000), OnlineTeacher(make_teacher(), corpus), corpus, range(1))
+
+
+def test_other_padding_of_the_parent_is_no_part_of_the_kl() -> None:
+    """The cross-entropy is the model's own, over all that it can say."""
+    corpus, model = make_rows(), make_student()
+    plain = evaluate(model, OnlineTeacher(make_teacher(), corpus), corpus, range(2))
+    padded = make_student(vocab_size=300)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[:258] = model.get_input_embeddings().weight
+        padded.load_state_dict(
+            {name: value for name, value in model.state_dict().items() if value.ndim < 2 or "layers" in name},
+            strict=False,
+        )
+    wide = evaluate(padded, OnlineTeacher(make_teacher(), corpus), corpus, range(2))
+    assert wide.kl_to_parent == pytest.approx(plain.kl_to_parent, rel=1e-6)
+    assert wide.held_out_ce > plain.held_out_ce + 0.01
+    narrow = evaluate(model, OnlineTeacher(padded, corpus), corpus, range(2))
+    assert narrow.kl_to_parent == pytest.approx(0, abs=1e-6)
