@@ -47,6 +47,7 @@ def corpus_alone(distill: Distill) -> Distill:
         update={
             "cross_entropy_weight": 1.0,
             "objective": fields["objective"].default,
+            "objective_weight": fields["objective_weight"].default,
             "temperature": fields["temperature"].default,
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from cascade.architecture import Architecture
 from cascade.distillation.settings import DistillSettings, derived_learning_rate
@@ -80,7 +80,7 @@ def correction_section(recipe: Recipe, teacher: Architecture) -> Section:
         seed=recipe.seed,
     )
     resolved = settings.resolved(teacher.hidden, recipe.corpus.sequence_length).settings
-    return {"distill": asdict(resolved), "correction": how.value, "seed": recipe.seed}
+    return {"distill": resolved.record(), "correction": how.value, "seed": recipe.seed}
 
 
 @dataclass(frozen=True)
