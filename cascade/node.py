@@ -53,7 +53,8 @@ def run_job(job: Job, report: JsonReport, stop: StopSignal) -> None:
     Path(job.options.cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{job.kind}-", dir=job.options.cache) as scratch:
         place = Workplace(job, Path(scratch), report, stop)
-        result = WORK[job.kind](place)
+        with place.leaving:
+            result = WORK[job.kind](place)
         manifest = publish(
             place.folder, job.location, place.draft(result, time.monotonic() - start), report=report
         )

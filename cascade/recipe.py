@@ -20,6 +20,7 @@ import yaml
 from pydantic import BeforeValidator, ValidationError, model_validator
 
 from cascade.dials import DIALS, Distill, Prune, Shape
+from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
 from cascade.fields import Count, Section, setting
 from cascade.roles import (
@@ -82,14 +83,30 @@ class Corpus(Section):
 
 
 class Signals(StrEnum):
-    """How the teacher reaches the student.
+    """How the teacher reaches the student: stored once for the whole family, or run beside every student.
 
-    HIDDEN stores the teacher's last hidden states once for the whole family; ONLINE runs the teacher
-    beside every student and stores nothing.
+    HIDDEN stores the teacher's last hidden states, which give back whole distributions; TOP_K the likeliest
+    entries of a distribution and the mass of the others; SAMPLED counted draws from it; HEAD_AND_TAIL the
+    likeliest entries and draws from the others. ONLINE stores nothing.
     """
 
     HIDDEN = "hidden"
     ONLINE = "online"
+    TOP_K = "top_k"
+    SAMPLED = "sampled"
+    HEAD_AND_TAIL = "head_and_tail"
+
+    @property
+    def keeps_entries(self) -> bool:
+        """Whether some entries of a distribution are stored instead of what gives all of them back."""
+        return self in (Signals.TOP_K, Signals.SAMPLED, Signals.HEAD_AND_TAIL)
+
+
+class StatePrecision(StrEnum):
+    """Of stored hidden states."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
 
 class Teacher(Section):
@@ -99,30 +116,55 @@ class Teacher(Section):
         Signals.HIDDEN,
         0,
         "Signals",
-        "hidden: computed once, stored in 2 bytes x hidden size a token; online: recomputed at every stage.",
+        "hidden: the last hidden states, computed once; head_and_tail, sampled, top_k: entries of the "
+        "distributions, computed once; online: recomputed at every stage.",
     )
+    precision: StatePrecision = setting(
+        StatePrecision.BFLOAT16, 1, "Precision", "Of `hidden`: bfloat16, or int8 with one scale a token."
+    )
+    token_bytes: int = setting(
+        24,
+        2,
+        "Token bytes",
+        "Of head_and_tail, sampled and top_k: bytes that are stored for a training token.",
+        ge=12,
+        le=256,
+    )
+
     policy: Policy = setting(
         Policy.PARENT,
-        1,
+        3,
         "Policy",
         "parent: the original; previous: the child before; model: of `models`; mixture: all of `models`.",
     )
     models: tuple[Annotated[TeacherModel, BeforeValidator(model_from_path)], ...] = setting(
         (),
-        2,
+        4,
         "Models",
         "Of `model`: one for all stages, or one for each; of `mixture`: two or more. All with the parent's "
         "tokenizer.",
     )
     correction_tokens: Count = setting(
-        0, 3, "Correction tokens", "Tokens of the corpus that the teacher is fine-tuned on first; 0: none."
+        0, 5, "Correction tokens", "Tokens of the corpus that the teacher is fine-tuned on first; 0: none."
     )
     correction: Correction = setting(
         Correction.FULL,
-        4,
+        6,
         "Correction",
         "What is fine-tuned: full, every weight; lora, low-rank additions (needs the extra `lora`).",
     )
+
+    @model_validator(mode="after")
+    def dials_of_the_codec(self) -> Teacher:
+        """Nothing is set that the codec does not have."""
+        if self.precision is not StatePrecision.BFLOAT16 and self.signals is not Signals.HIDDEN:
+            raise ValueError(f"`precision` belongs to signals hidden, not {self.signals.value}")
+        default = type(self).model_fields["token_bytes"].default
+        if self.token_bytes != default and not self.signals.keeps_entries:
+            raise ValueError(
+                f"`token_bytes` belongs to signals head_and_tail, sampled and top_k, not {self.signals.value}"
+            )
+        return self
 
     @model_validator(mode="after")
     def known_teachers(self) -> Teacher:
@@ -139,6 +181,8 @@ class Teacher(Section):
             raise ValueError(f"the weights of a mixture must sum to 1, not {total:g}")
         if policy is Policy.MODEL and any(model.weight != 1 for model in self.models):
             raise ValueError("policy model takes no weights; set policy mixture to teach by several at once")
+        if policy is Policy.MIXTURE and self.signals.keeps_entries:
+            raise ValueError(f"a mixture needs whole distributions: signals hidden, not {self.signals.value}")
         if self.correction_tokens and PREVIOUS in self.names:
             raise ValueError("`correction_tokens` is for given teachers: a child before has learned already")
         if self.correction is not Correction.FULL and not self.correction_tokens:
@@ -259,6 +303,20 @@ class Recipe(Section):
                 )
             if last.student is Student.SCRATCH and control in (Control.SCRATCH, Control.RANDOM_PRUNE):
                 raise ValueError(f"control {control.value} would be the last stage itself, or nothing is cut")
+        return self
+
+    @model_validator(mode="after")
+    def objective_of_the_signals(self) -> Recipe:
+        """Some entries of a distribution at temperature 1 do for no other divergence or temperature."""
+        signals = self.teacher.signals
+        for stage in self.stages if signals.keeps_entries else ():
+            objective, temperature = stage.distill.objective, stage.distill.temperature
+            if objective is not Objective.FORWARD_KL or temperature != 1:
+                raise ValueError(
+                    f"signals {signals.value} do for objective forward_kl at temperature 1, with or without "
+                    f"cross-entropy; stage {stage.name} asks for {objective.value} at {temperature:g}: "
+                    "set `teacher: {signals: hidden}`"
+                )
         return self
 
 

@@ -18,6 +18,8 @@ from cascade.distillation.targets import SparseTargets
 class CorpusTeacher:
     """Answers with the corpus itself. vocabulary: V of the student's LM head."""
 
+    waited = 0.0
+
     def __init__(self, corpus: Corpus, vocabulary: int) -> None:
         self.corpus, self.vocabulary = corpus, vocabulary
 

@@ -15,8 +15,13 @@ class MixedTeacher:
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.members, self.weights = tuple(members), tuple(weights)
 
+    @property
+    def waited(self) -> float:
+        """See `Teacher.waited`."""
+        return sum(member.waited for member in self.members)
+
     def targets(self, part: Part, rows: Sequence[int]) -> MixedTargets:
-        """See `Teacher.targets`. Raises InputError for members that do not answer with whole distributions."""
+        """See `Teacher.targets`. Raises InputError unless all members answer with whole distributions."""
         found = [member.targets(part, rows) for member in self.members]
         common = min(targets.vocabulary for targets in found)
         parts = [targets.narrowed(common) for targets in found]

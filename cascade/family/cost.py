@@ -21,9 +21,14 @@ def importance_flops(model: Architecture, method: Method, context: int, drops: C
     return round((FORWARDS[method] + blocks / 2) * model.forward_flops(context))
 
 
-def teacher_flops(parent: Architecture, context: int, stored: bool) -> int:
-    """What the teacher costs beside a student: its LM head where its states are stored, else all of it."""
-    return 2 * parent.hidden * parent.vocabulary if stored else parent.forward_flops(context)
+def teacher_flops(parent: Architecture, context: int, stored: bool, whole: bool = True) -> int:
+    """What the teacher costs beside a student for one token.
+
+    All of it online; its LM head where its states are stored; nothing where they are not whole distributions.
+    """
+    if not stored:
+        return parent.forward_flops(context)
+    return 2 * parent.hidden * parent.vocabulary if whole else 0
 
 
 def student_flops(child: Architecture, context: int, frozen: bool = False) -> int:

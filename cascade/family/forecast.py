@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from cascade.architecture import Architecture
+from cascade.distillation.signals.codecs import BfloatStates, Codec, codec_of
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
 from cascade.family.graph import Graph, Kind, Lesson, Node, StageNodes
 from cascade.planning.cost import cost_of_cuts
@@ -20,8 +21,6 @@ from cascade.roles import Control, Correction, Student
 # rate of a large float32 product on 2 cores. Doubtful elsewhere: a forecast, not a promise.
 STEP_EFFICIENCY = 0.6
 CONTEXT_OF_CACHE = 4096
-# A stored hidden state is bfloat16.
-SIGNAL_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,56 @@ class Cost:
 
 def parent_cost(graph: Graph) -> Cost:
     """The parent's copy, its evaluation, and its one forward pass over what the hungriest stage needs."""
-    recipe, parent = graph.recipe, graph.original
-    tokens = signal_tokens(graph.signals, recipe) if graph.signals else 0
-    flops = tokens * parent.forward_flops(recipe.corpus.sequence_length) + evaluation_cost(parent, graph)
-    return Cost(flops, parent.weight_bytes() + tokens * parent.hidden * SIGNAL_BYTES)
+    parent, length = graph.original, graph.recipe.corpus.sequence_length
+    signals = signals_of(graph.signals, parent).cost(length) if graph.signals else Cost(0, 0)
+    flops = signals.flops + evaluation_cost(parent, graph)
+    return Cost(flops, parent.weight_bytes() + signals.stored_bytes)
 
 
-def signal_tokens(signals: Node, recipe: Recipe) -> int:
-    """Tokens that a teacher's signals cover."""
-    return int(signals.section["tokens"]) + recipe.corpus.held_out_tokens
+@dataclass(frozen=True)
+class SignalsCost:
+    """What the teacher's signals take. token_bytes: of a training token; expected where entries are drawn."""
+
+    codec: Codec
+    tokens: int
+    held_out_tokens: int
+    teacher: Architecture
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all rows; held-out rows are stored as states in bfloat16 whatever the codec."""
+        exact = BfloatStates(self.teacher.hidden).token_bytes()
+        return round(self.tokens * self.codec.token_bytes() + self.held_out_tokens * exact)
+
+    def cost(self, length: int) -> Cost:
+        """One forward pass, and what it leaves."""
+        tokens = self.tokens + self.held_out_tokens
+        return Cost(tokens * self.teacher.forward_flops(length), self.stored_bytes)
+
+    def __str__(self) -> str:
+        about = "about " if self.codec.flat else ""
+        return (
+            f"teacher signals: {self.codec.name}, {about}{self.codec.token_bytes():,.0f} bytes a token, "
+            f"{self.tokens:,} training and {self.held_out_tokens:,} held-out tokens: "
+            f"{self.stored_bytes / 1e6:,.1f} MB"
+        )
+
+
+def signals_of(signals: Node, teacher: Architecture) -> SignalsCost:
+    """What will be stored of a teacher."""
+    section = signals.section
+    codec = codec_of(section, teacher.hidden, teacher.vocabulary)
+    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], teacher)
+
+
+NO_SIGNALS = "teacher signals: none are stored, the teacher runs beside every student"
+
+
+def all_signals(graph: Graph) -> list[SignalsCost]:
+    """What will be stored of every teacher, each once."""
+    lessons = [lesson for stage in (*graph.stages, *graph.controls) for lesson in stage.teaching.lessons]
+    found = {lesson.node.key: lesson for lesson in lessons if lesson.node.kind is Kind.SIGNALS}
+    return [signals_of(lesson.node, lesson.model) for lesson in found.values()]
 
 
 def evaluation_cost(model: Architecture, graph: Graph) -> int:
@@ -56,8 +96,7 @@ def lesson_cost(lesson: Lesson, recipe: Recipe) -> Cost:
     """What makes a teacher other than the parent as it is: its copy, its correction, its signals."""
     section, length, model = lesson.node.section, recipe.corpus.sequence_length, lesson.model
     if lesson.node.kind is Kind.SIGNALS:
-        tokens = signal_tokens(lesson.node, recipe)
-        return Cost(tokens * model.forward_flops(length), tokens * model.hidden * SIGNAL_BYTES)
+        return signals_of(lesson.node, model).cost(length)
     if lesson.node.kind is Kind.CORRECTED:
         frozen = section["correction"] == Correction.LORA
         flops = section["distill"]["tokens"] * student_flops(model, length, frozen)
@@ -72,7 +111,8 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[st
     """
     recipe, child = graph.recipe, stage.architecture
     length, trained = recipe.corpus.sequence_length, stage.stage.distill.tokens
-    teachers = sum(teacher_flops(model, length, stage.teaching.stored) for model in stage.teaching.teachers)
+    stored, whole = stage.teaching.stored, not recipe.teacher.signals.keeps_entries
+    teachers = sum(teacher_flops(model, length, stored, whole) for model in stage.teaching.teachers)
     costs = [lesson_cost(lesson, recipe) for lesson in stage.teaching.lessons if lesson.node.key not in made]
     flops = trained * (student_flops(child, length) + teachers) + 2 * evaluation_cost(child, graph)
     if stage.importance and stage.importance.key not in made:
@@ -131,7 +171,13 @@ def machine_rate() -> float:
 
 def plan_table(graph: Graph, rate: float) -> Table:
     """One row a model: shape, counts, memory, and what making it costs at `rate` FLOP/s."""
-    table = Table(title=f"plan of family {graph.recipe.family}", title_justify="left")
+    signals = all_signals(graph)
+    table = Table(
+        title=f"plan of family {graph.recipe.family}",
+        title_justify="left",
+        caption="\n".join(map(str, signals)) or NO_SIGNALS,
+        caption_justify="left",
+    )
     for column in ("model", "dial", *SHAPE_COLUMNS, "TFLOPs", "storage", "about"):
         table.add_column(column, justify="left" if column in ("model", "dial") else "right")
     rows: list[tuple[str, str, Architecture, Cost]] = [("parent", "", graph.original, parent_cost(graph))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cascade.architecture import Architecture
 from cascade.distillation.settings import DistillSettings, derived_learning_rate
 from cascade.family.graph import Kind, Lesson, Node, Nodes, Section, Teaching
-from cascade.recipe import Recipe, Signals
+from cascade.recipe import Recipe, Signals, StatePrecision
 from cascade.roles import PARENT, PREVIOUS, Correction, Policy, TeacherModel
 
 # Of the peak rate that a student of the teacher's size would get (Minitron, 2407.14679, section 3).
@@ -65,8 +65,17 @@ def needed_tokens(recipe: Recipe, path: str, index: int) -> int:
 
 
 def signals_section(recipe: Recipe, tokens: int) -> Section:
-    """What a teacher says, of how many training and held-out tokens."""
-    return {"codec": "hidden_bf16", "tokens": tokens, "held_out_tokens": recipe.corpus.held_out_tokens}
+    """What is stored of a teacher, and of how many tokens; the seed only where entries are drawn."""
+    teacher = recipe.teacher
+    if teacher.signals.keeps_entries:
+        codec: Section = {"codec": teacher.signals.value, "token_bytes": teacher.token_bytes}
+        codec |= {"seed": recipe.seed} if teacher.signals is not Signals.TOP_K else {}
+    else:
+        codec = {"codec": STATE_CODECS[teacher.precision]}
+    return codec | {"tokens": tokens, "held_out_tokens": recipe.corpus.held_out_tokens}
+
+
+STATE_CODECS = {StatePrecision.BFLOAT16: "hidden_bf16", StatePrecision.INT8: "hidden_int8"}
 
 
 def correction_section(recipe: Recipe, teacher: Architecture) -> Section:

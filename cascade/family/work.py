@@ -24,7 +24,17 @@ from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.lora import LowRank
 from cascade.distillation.mixture import MixedTeacher
 from cascade.distillation.settings import DistillSettings, rows_of
-from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, Teacher, write_signals
+from cascade.distillation.signals import (
+    FinishedShards,
+    OnlineTeacher,
+    Part,
+    ReadAhead,
+    StoredTeacher,
+    Teacher,
+    write_signals,
+)
+from cascade.distillation.signals.codecs import codec_of
+from cascade.distillation.signals.teachers import RECORD, shards_of
 from cascade.distillation.states import head_of
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
@@ -47,7 +57,7 @@ from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
 from cascade.roles import Correction
-from cascade.storage.artifacts import read_manifest
+from cascade.storage.artifacts import read_manifest, require_manifest
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
 
@@ -94,15 +104,30 @@ def require_unchanged(sources: list[Source], planned: list[str]) -> None:
 
 
 def make_signals(place: Workplace) -> Result:
-    """The teacher's one forward pass for the whole family."""
+    """The teacher's one forward pass for the whole family; shards that an earlier try finished are kept."""
     corpus, section = place.corpus(), place.job.section
-    rows = min(rows_of(section["tokens"], corpus.sequence_length), len(corpus.train))
+    rows = signal_rows(corpus, section["tokens"])
     held_out = held_out_rows(corpus, section["held_out_tokens"])
     teacher = read_only(place, "parent")
-    facts = write_signals(teacher, corpus, place.folder, rows, held_out, report=place.report)
+    shape, finished = shape_of(teacher), FinishedShards(place.job.training)
+    facts = write_signals(
+        teacher,
+        corpus,
+        place.folder,
+        rows,
+        held_out,
+        codec=codec_of(section, shape.hidden, shape.vocabulary),
+        finished=finished,
+        report=place.report,
+    )
     tokens = (rows + held_out) * corpus.sequence_length
-    flops = tokens * shape_of(teacher).forward_flops(corpus.sequence_length)
-    return Result(facts, tokens, flops, teacher_flops=flops)
+    flops = tokens * shape.forward_flops(corpus.sequence_length)
+    return Result(facts, tokens, flops, teacher_flops=flops, after_publish=finished.delete)
+
+
+def signal_rows(corpus: Corpus, tokens: int) -> int:
+    """Training rows that so many tokens go through, once."""
+    return min(rows_of(tokens, corpus.sequence_length), len(corpus.train))
 
 
 def make_importance(place: Workplace) -> Result:
@@ -167,11 +192,11 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
         raced = place.input("raced")
         leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
-    teacher, teacher_flops = the_teachers(place, corpus, head_of(student).vocabulary)
+    taught = the_teachers(place, corpus, head_of(student).vocabulary)
     with place.stop.cooperative():
         steps = distill(
             student,
-            teacher,
+            taught.teacher,
             corpus,
             settings=DistillSettings(**place.job.section["distill"]),
             leg=leg,
@@ -182,19 +207,18 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
         )
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, teacher_flops, checkpoints)
+    return Trained(student, taught, corpus, steps, steps[-1].tokens - before, checkpoints)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's end. steps: with those of legs before; tokens: of this one; teacher_flops: of a token."""
+    """A training's end. steps: with those of legs before; tokens: of this one."""
 
     student: PreTrainedModel
-    teacher: Teacher
+    taught: Taught
     corpus: Corpus
     steps: list[StepRecord]
     tokens: int
-    teacher_flops: int
     checkpoints: TrainingCheckpoints
 
     def result(self, facts: dict[str, Any]) -> Result:
@@ -203,8 +227,8 @@ class Trained:
         return Result(
             facts,
             self.tokens,
-            self.tokens * (own + self.teacher_flops),
-            teacher_flops=self.tokens * self.teacher_flops,
+            self.tokens * (own + self.taught.flops),
+            teacher_flops=self.tokens * self.taught.flops,
             after_publish=self.checkpoints.delete,
         )
 
@@ -220,20 +244,29 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    part, rows = judged_rows(done.corpus, DistillSettings(**section["distill"]), held_out)
-    metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
+    settings, teacher = DistillSettings(**section["distill"]), done.taught.teacher
+    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
+    metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
     result = done.result({"end": {"tokens": done.steps[-1].tokens, **end_figures}})
     judged = len(rows) * done.corpus.sequence_length
-    teacher = judged * done.teacher_flops
+    asked = judged * done.taught.measured_flops
     own = judged * shape_of(done.student).forward_flops(done.corpus.sequence_length)
-    return replace(result, flops=result.flops + own + teacher, teacher_flops=result.teacher_flops + teacher)
+    return replace(result, flops=result.flops + own + asked, teacher_flops=result.teacher_flops + asked)
 
 
-def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tuple[Part, list[int]]:
+def taught_whole(teacher: Teacher) -> bool:
+    """Whether the teacher answers for training rows with whole distributions, which a measurement needs."""
+    return teacher.whole(Part.TRAIN) if isinstance(teacher, StoredTeacher) else True
+
+
+def judged_rows(
+    corpus: Corpus, settings: DistillSettings, held_out: int, *, measurable: bool = True
+) -> tuple[Part, list[int]]:
     """Rows that no leg of a race trains on, the same for all: the training's last ones.
 
-    Where every row is seen before the race is over, they are the `held_out` rows that are evaluated.
+    Where every row is seen before the race is over, or training rows are not `measurable` because their
+    distributions are not stored whole, they are the `held_out` rows that are evaluated.
     """
     whole = rows_of(settings.tokens, corpus.sequence_length)
     # The last leg ends with a whole step.
@@ -242,7 +275,7 @@ def judged_rows(corpus: Corpus, settings: DistillSettings, held_out: int) -> tup
     unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
     most = max(1, JUDGED_TOKENS // corpus.sequence_length)
     rows = [row for row in unseen if row not in raced][:most]
-    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, held_out))))
+    return (Part.TRAIN, rows) if rows and measurable else (Part.HELD_OUT, list(range(min(most, held_out))))
 
 
 def make_distilled(place: Workplace) -> Result:
@@ -303,25 +336,58 @@ def the_teacher(
     found = read_only(place, model)
     if signals not in place.job.inputs:
         return OnlineTeacher(found, corpus), shape_of(found)
-    return StoredTeacher(place.input(signals), head_of(found), corpus.identity), shape_of(found)
+    shards = signal_shards(place, corpus, signals)
+    return StoredTeacher(shards, head_of(found), corpus.identity), shape_of(found)
 
 
-def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> tuple[Teacher, int]:
-    """Who teaches in this job, and the FLOPs that it takes a token: without any, the corpus itself.
+@dataclass(frozen=True)
+class Taught:
+    """Who teaches. flops: that this takes for a token that is trained; measured_flops: for one measured."""
 
-    vocabulary: of the student's LM head.
-    """
-    weights = place.job.section.get("weights", [1.0])
-    names = ["parent"] if "parent" in place.job.inputs else [role("teacher", i) for i in range(len(weights))]
-    if names[0] not in place.job.inputs:
-        return CorpusTeacher(corpus, vocabulary), 0
-    teachers, flops = [], 0
+    teacher: Teacher
+    flops: int = 0
+    measured_flops: int = 0
+
+
+def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
+    """Those among the job's inputs; without any, the corpus itself. vocabulary: of the student's LM head."""
+    weights, inputs = place.job.section.get("weights", [1.0]), place.job.inputs
+    names = ["parent"] if "parent" in inputs else [role("teacher", i) for i in range(len(weights))]
+    if names[0] not in inputs:
+        return Taught(CorpusTeacher(corpus, vocabulary))
+    teachers, flops, measured, length = [], 0, 0, corpus.sequence_length
     for index, name in enumerate(names):
         signals = role("signals", index)
         teacher, shape = the_teacher(place, corpus, name, signals)
         teachers.append(teacher)
-        flops += teacher_flops(shape, corpus.sequence_length, signals in place.job.inputs)
-    return (teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights)), flops
+        flops += teacher_flops(shape, length, signals in inputs, taught_whole(teacher))
+        measured += teacher_flops(shape, length, signals in inputs)
+    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops, measured)
+
+
+# Signals up to this size stay in the cache folder for the stages that follow.
+KEPT_SIGNALS = 16 * 2**30
+
+
+def signal_shards(place: Workplace, corpus: Corpus, signals: str) -> ReadAhead:
+    """The stored signals, of which a thread brings what the job will ask for before it does.
+
+    Of an epoch in stored order only the shards at hand are kept, unless all are few; later epochs are
+    permuted and need all of them.
+    """
+    location = open_location(place.job.inputs[signals]["uri"])
+    manifest = require_manifest(location)
+    facts, tokens = manifest.facts, place.job.section.get("distill", {}).get("tokens", 0)
+    rows = signal_rows(corpus, tokens)
+    order = [RECORD]
+    order += shards_of(Part.TRAIN, rows, facts["rows_per_shard"])
+    order += shards_of(Part.HELD_OUT, facts["rows"][Part.HELD_OUT], facts["held_out_rows_per_shard"])
+    permuted = rows_of(tokens, corpus.sequence_length) > rows
+    keep = permuted or manifest.bytes <= KEPT_SIGNALS
+    folder = (place.cache if keep else place.scratch) / f"signals-{manifest.key[:12]}"
+    shards = ReadAhead(location, manifest, folder, order, keep=keep)
+    place.leaving.callback(shards.close)
+    return shards
 
 
 def read_only(place: Workplace, name: str) -> PreTrainedModel:

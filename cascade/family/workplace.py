@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -45,12 +46,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Workplace:
-    """One job being done. `folder` becomes the artifact; `report` and `stop` lead to the orchestrator."""
+    """One job being done. `folder` becomes the artifact; `report` and `stop` lead to the orchestrator.
+
+    leaving: is closed before the scratch folder is removed.
+    """
 
     job: Job
     scratch: Path
     report: JsonReport
     stop: StopSignal
+    leaving: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def folder(self) -> Path:

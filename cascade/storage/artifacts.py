@@ -15,7 +15,7 @@ from cascade.storage.locations import Location
 from cascade.storage.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, read_manifest
 from cascade.storage.publishing import publish
 
-__all__ = ["fetch", "problems", "publish", "read_manifest"]
+__all__ = ["fetch", "fetch_file", "problems", "publish", "read_manifest", "require_manifest"]
 
 # Folders whose every file this process has hashed, with the digest of the manifest they were held against.
 _verified: set[tuple[str, str]] = set()
@@ -30,7 +30,7 @@ def fetch(location: Location, cache: Path) -> Path:
     intact copy is there. InputError when there is no finished artifact; IntegrityError, naming the
     file and both digests, when a file is missing, extra, truncated or changed.
     """
-    manifest = _require_manifest(location)
+    manifest = require_manifest(location)
     if location.local_path is not None:
         _verify_once(location, manifest)
         return location.local_path
@@ -47,16 +47,38 @@ def fetch(location: Location, cache: Path) -> Path:
     return target
 
 
+def fetch_file(location: Location, manifest: Manifest, name: str, folder: Path) -> Path:
+    """A local path with one file of an artifact, hashed against the manifest by this call.
+
+    A local store: the file itself. S3: `folder/name`, downloaded unless an intact copy is there. Raises
+    IntegrityError as `fetch` does, KeyError for a file that the manifest does not name.
+    """
+    record = manifest.files[name]
+    if location.local_path is not None:
+        _require_same(location / name, record)
+        return location.local_path / name
+    copy = Location(str(folder.absolute() / name))
+    try:
+        _require_same(copy, record)
+    except IntegrityError:
+        with store_faults(copy.uri):
+            make_folder(folder)
+        _download_file(location / name, folder / name, record)
+        _require_same(copy, record)
+    return folder / name
+
+
 def problems(location: Location) -> list[str]:
     """Everything that is wrong with the artifact here, one line each; empty when it is intact."""
     try:
-        manifest = _require_manifest(location)
+        manifest = require_manifest(location)
     except InputError as error:
         return [_line(error)]
     return [_line(fault) for fault in _faults(location, manifest)]
 
 
-def _require_manifest(location: Location) -> Manifest:
+def require_manifest(location: Location) -> Manifest:
+    """The manifest of a finished artifact; InputError when there is none."""
     manifest = read_manifest(location)
     if manifest is None:
         raise InputError(
@@ -89,6 +111,16 @@ def _faults(location: Location, manifest: Manifest) -> Iterator[IntegrityError]:
             difference = _difference(location / path, record)
             if difference:
                 yield _fault("a file is not what was stored", location / path, difference)
+
+
+def _require_same(location: Location, record: FileRecord) -> None:
+    """Raise IntegrityError unless the file is there and is what the record says."""
+    try:
+        difference = _difference(location, record)
+    except FileNotFoundError:
+        raise _fault("a file is missing", location, f"expected sha256 {record.sha256}") from None
+    if difference:
+        raise _fault("a file is not what was stored", location, difference)
 
 
 def _difference(location: Location, record: FileRecord) -> str:

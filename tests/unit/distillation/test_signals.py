@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cascade.distillation import signals
-from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals
+from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals, writing
 from cascade.distillation.states import check_head, final_states, head_of
 from cascade.errors import CascadeError, InputError
 from tests.tiny import make_model
@@ -32,15 +31,16 @@ def test_stored_states_are_the_online_ones_in_bfloat16(
 ) -> None:
     model, corpus = make_teacher(), make_rows()
     width = head_of(model).width
-    monkeypatch.setattr(signals, "SHARD_BYTES", 4 * LENGTH * width * 2)
-    monkeypatch.setattr(signals, "BATCH_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4 * LENGTH * width * 2)
+    monkeypatch.setattr(writing, "BATCH_TOKENS", 3 * LENGTH)
     record = write_signals(model, corpus, tmp_path, rows=10, held_out_rows=3)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert shards == ["held_out-00000.safetensors", *(f"train-0000{n}.safetensors" for n in range(3))]
     with safe_open(tmp_path / "train-00002.safetensors", framework="pt") as file:
         assert file.get_slice("hidden").get_shape() == [2, LENGTH, width]
     assert record == json.loads((tmp_path / "signals.json").read_text())
-    assert record["bytes_per_token"] == 2 * width
+    files = sum(path.stat().st_size for path in tmp_path.glob("train-*"))
+    assert record["bytes_per_token"] == round(files / (10 * LENGTH), 3)
     stored = StoredTeacher(tmp_path, head_of(model), corpus.identity)
     online = OnlineTeacher(model, corpus)
     for part, rows in ((Part.TRAIN, [9, 0, 4, 4]), (Part.HELD_OUT, [2])):

@@ -1,0 +1,150 @@
+"""The teacher behind one question, answered by a live model or from signals stored once for the family.
+
+B rows, T tokens, E teacher hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cascade.data.corpus import Corpus
+from cascade.distillation.signals.codecs import BfloatStates, Codec, Stored, make_codec
+from cascade.distillation.signals.reading import Folder, Shards
+from cascade.distillation.states import Head, device_of, final_states, head_of
+from cascade.distillation.targets import StateTargets, Targets
+from cascade.errors import CascadeError, InputError
+
+RECORD = "signals.json"
+SIZES = "sizes"
+
+
+class Part(StrEnum):
+    """The two parts of a corpus."""
+
+    TRAIN = "train"
+    HELD_OUT = "held_out"
+
+
+class Teacher(Protocol):
+    """Whoever answers for the distributions that a student is to match.
+
+    waited: seconds that questions have waited so far for signals to arrive from a store.
+    """
+
+    @property
+    def waited(self) -> float: ...
+
+    def targets(self, part: Part, rows: Sequence[int]) -> Targets:
+        """Of the positions 0..T-2 of some rows of a part, row by row: B * (T - 1) tokens."""
+
+
+def batch_ids(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.device) -> Tensor:
+    """Token ids [B, T], int64, of some rows of a part."""
+    source = corpus.train if part is Part.TRAIN else corpus.held_out
+    return source[list(rows)].to(device, torch.int64)
+
+
+class OnlineTeacher:
+    """Runs the teacher for every question: costs a forward pass each time, stores nothing."""
+
+    waited = 0.0
+
+    def __init__(self, model: PreTrainedModel, corpus: Corpus) -> None:
+        self.model, self.corpus = model.eval(), corpus
+        self.head = head_of(model).detach()
+
+    def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
+        """See `Teacher.targets`."""
+        return StateTargets(self.states(part, rows)[:, :-1].flatten(0, 1), self.head)
+
+    @torch.no_grad()
+    def states(self, part: Part, rows: Sequence[int]) -> Tensor:
+        """Final hidden states [B, T, E], float32."""
+        ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
+        return final_states(self.model, ids_BT).float()
+
+
+class StoredTeacher:
+    """Reads what `write_signals` wrote. head: the same teacher's, which is not stored twice.
+
+    Held-out rows always have whole distributions; training rows what their codec keeps.
+    Raises InputError when the signals belong to another packing, width or vocabulary, or to no known codec.
+    """
+
+    def __init__(self, shards: Shards | Path, head: Head, corpus_identity: str) -> None:
+        self.shards = Folder(shards) if isinstance(shards, Path) else shards
+        self.head = head.detach()
+        path = self.shards.path(RECORD)
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        settings = record.get("settings", {})
+        expected = {"corpus": corpus_identity, "width": head.width, "vocabulary": head.vocabulary}
+        for name, value in expected.items():
+            # Records of older versions do not state the vocabulary.
+            if record.get(name, value) != value:
+                raise InputError(
+                    f"the teacher's signals were made for another {name}",
+                    value=f"{record[name]}, expected {value}",
+                    where=str(path),
+                    remedy="build the signals again for this corpus and teacher",
+                )
+        taught = make_codec(record["codec"], head.width, head.vocabulary, **settings)
+        self.codecs: dict[Part, Codec] = {Part.TRAIN: taught, Part.HELD_OUT: BfloatStates(head.width)}
+        self.rows: dict[str, int] = record["rows"]
+        per_shard = record["rows_per_shard"]
+        self.rows_per_shard = {
+            Part.TRAIN: per_shard,
+            Part.HELD_OUT: record.get("held_out_rows_per_shard", per_shard),
+        }
+
+    @property
+    def waited(self) -> float:
+        """See `Teacher.waited`."""
+        return self.shards.waited
+
+    def whole(self, part: Part) -> bool:
+        """Whether a part's targets are whole distributions."""
+        return self.codecs[part].whole
+
+    def targets(self, part: Part, rows: Sequence[int]) -> Targets:
+        """See `Teacher.targets`. Raises CascadeError for a row that was not stored."""
+        decoded = self.codecs[part].decode([self._row(part, row) for row in rows], self.head)
+        return cast(Targets, decoded)
+
+    def _row(self, part: Part, row: int) -> Stored:
+        if not 0 <= row < self.rows[part]:
+            raise CascadeError(
+                "the teacher's signals end before the row that is asked for",
+                value=f"row {row} of {part}, {self.rows[part]} rows stored",
+                where=str(self.shards.path(RECORD)),
+                remedy="build the signals for at least the tokens of the longest stage",
+            )
+        shard, index = divmod(row, self.rows_per_shard[part])
+        # Opened per question: the file is mapped, so only the row's pages are read, and no handle
+        # outlives the call.
+        with safe_open(self.shards.path(shard_name(part, shard)), framework="pt") as file:
+            flat = self.codecs[part].flat
+            entries = slice(0, 0)
+            if flat:
+                ends = file.get_tensor(SIZES).cumsum(0).tolist()
+                entries = slice(ends[index - 1] if index else 0, ends[index])
+            names = set(file.keys()) - {SIZES}
+            return {name: file.get_slice(name)[entries if name in flat else index] for name in names}
+
+
+def shard_name(part: str, shard: int) -> str:
+    """A shard's file."""
+    return f"{part}-{shard:05d}.safetensors"
+
+
+def shards_of(part: Part, rows: int, rows_per_shard: int) -> list[str]:
+    """The files of a part's first rows, in the order of the rows."""
+    return [shard_name(part, shard) for shard in range(-(-rows // rows_per_shard))]
