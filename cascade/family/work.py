@@ -23,6 +23,7 @@ from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.lora import LowRank
 from cascade.distillation.mixture import MixedTeacher
+from cascade.distillation.objectives import Objective
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.distillation.signals import (
     FinishedShards,
@@ -41,7 +42,7 @@ from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
-from cascade.family.graph import Kind
+from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
 from cascade.family.teachers import role
@@ -181,6 +182,12 @@ def make_pruned(place: Workplace) -> Result:
     return Result({"parameters": target.parameters, "kept": kept}, passed.tokens, flops)
 
 
+def settings_of(section: Section) -> DistillSettings:
+    """What `DistillSettings.record` made of the settings, after its way through JSON."""
+    record = section["distill"]
+    return DistillSettings(**{**record, "objective": Objective(record["objective"])})
+
+
 def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:
     """The job's training, or a leg of it; student: the input of that name unless it is given."""
     corpus, trust = place.corpus(), place.job.options.trust_remote_code
@@ -198,7 +205,7 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
             student,
             taught.teacher,
             corpus,
-            settings=DistillSettings(**place.job.section["distill"]),
+            settings=settings_of(place.job.section),
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
@@ -244,7 +251,7 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    settings, teacher = DistillSettings(**section["distill"]), done.taught.teacher
+    settings, teacher = settings_of(section), done.taught.teacher
     part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
     metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
