@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cascade.distillation.settings import derived_learning_rate
+from cascade.family.forecast import plan_table, stage_cost
 from cascade.family.graph import Graph, Kind, Node, StagePlan
 from cascade.family.layout import build_graph
 from cascade.family.teachers import Parent
@@ -180,3 +181,16 @@ def test_scratch_and_given_students_need_no_calibration_and_seed_what_follows() 
     assert cut.pruned.inputs["checkpoint"] is given.distilled
     other = graph(stages=stages, seed=1)
     assert other.stages[0].pruned.key != drawn.pruned.key
+
+
+def test_a_plan_has_a_row_for_every_control_and_a_line_for_every_teacher_s_signals() -> None:
+    models = [{"path": "parent", "weight": 0.5}, {"path": "x", "weight": 0.5}]
+    family = graph({"policy": "mixture", "models": models}, controls=["scratch", "ce_only"])
+    table = plan_table(family, 1e12)
+    names = list(table.columns[0].cells)
+    assert names == ["parent", "s0", "s1", "s2", "s2-scratch", "s2-ce-only", "family"]
+    # Both members, and again both for the control that takes the tokens of all stages.
+    assert str(table.caption).count("teacher signals: ") == 4
+    costs = [stage_cost(stage, TINY, family, set()) for stage in (family.stages[2], family.controls[1])]
+    # The corpus costs nothing to ask.
+    assert costs[1].flops < costs[0].flops
