@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cascade.console import ConsoleReport, Json, family_table, race_tables, record_table
-from cascade.errors import CascadeError
+from cascade.console import (
+    ConsoleReport,
+    Json,
+    control_tables,
+    family_table,
+    ledger_table,
+    pilot_tables,
+    race_tables,
+    record_table,
+)
+from cascade.errors import CascadeError, InputError
+from cascade.fields import parse_count
 from cascade.recipe import Options, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -114,7 +124,51 @@ def build_in_prefect(recipe: Recipe, store: str, options: Options, report: Conso
 
 
 @app.command()
-def show(uri: Uri, as_json: AsJson = False) -> None:
+def pilot(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
+    tokens: Annotated[str, typer.Option("--tokens", help="Training tokens of every stage, such as 50k.")],
+    store: Store = "families",
+    device: Annotated[str, typer.Option("--device", help="A torch device; chosen when empty.")] = "",
+    cache: Cache = "",
+) -> None:
+    """Teach the same children by two or more recipes on a small budget, and print what came out."""
+    from cascade.family.build import run_options
+    from cascade.family.pilot import pilot as run_pilot
+    from cascade.storage.locations import check_store, open_location
+
+    check_store(open_location(store))
+    trees = [load_recipe(name) for name in recipes]
+    options = Options(device=device, cache=cache)
+    with ConsoleReport(Console(stderr=True)) as report:
+
+        def make(graph: Graph, root: str) -> Json:
+            return build_direct(graph, run_options(graph.recipe, root, options), report)
+
+        place = Path(run_options(trees[0], store, options).cache)
+        table = run_pilot(trees, count_of(tokens), store, place, make)
+    for shown in pilot_tables(table):
+        output().print(shown)
+    output().print(f"stored in {table['store']}", soft_wrap=True, highlight=False)
+
+
+def count_of(text: str) -> int:
+    """Tokens as people write them; raises InputError for anything else."""
+    count = parse_count(text)
+    if not isinstance(count, int) or count < 1:
+        raise InputError(
+            "a count such as 8000, 8k, 1.5M or 3B is needed", value=text, where="--tokens", remedy="give one"
+        )
+    return count
+
+
+@app.command()
+def show(
+    uri: Uri,
+    as_json: AsJson = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Of a family: what it cost, node by node.")
+    ] = False,
+) -> None:
     """Show a family, or one artifact, with its lineage, figures and cost."""
     from cascade.family.index import read_index
     from cascade.storage.artifacts import read_manifest
@@ -125,10 +179,24 @@ def show(uri: Uri, as_json: AsJson = False) -> None:
     record = manifest.model_dump(mode="json") if manifest else read_index(location)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
+    elif ledger:
+        require_ledger(uri, record)
+        output().print(ledger_table(record))
     elif manifest:
         output().print(record_table(uri, record))
     else:
         print_family(record)
+
+
+def require_ledger(uri: str, record: Json) -> None:
+    """Raise InputError for an artifact, and for a family of a version that kept no ledger."""
+    if "ledger" not in record:
+        raise InputError(
+            "there is no ledger here",
+            value=uri,
+            where="--ledger",
+            remedy="give <root>/<family>; a family built by an older version gets one by `cascade build`",
+        )
 
 
 @app.command()
@@ -146,8 +214,8 @@ def verify(uri: Uri) -> None:
 
 
 def print_family(index: Json) -> None:
-    """The family's table, and one for each race."""
-    for table in (family_table(index), *race_tables(index)):
+    """The family's table, one for each race, and one for the controls."""
+    for table in (family_table(index), *race_tables(index), *control_tables(index)):
         output().print(table)
 
 

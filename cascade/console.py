@@ -132,6 +132,149 @@ def family_rows(index: Json) -> list[list[str]]:
     return rows
 
 
+def control_tables(index: Json) -> list[Table]:
+    """The last child and its controls, where there are any."""
+    if not index.get("controls"):
+        return []
+    child = index["controls"][0]["of"]
+    table = Table(title=f"controls of stage {child}", title_justify="left")
+    for column in CONTROL_COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in control_rows(index):
+        table.add_row(*row)
+    return [table]
+
+
+CONTROL_COLUMNS = (
+    "model",
+    "seed",
+    "parameters",
+    "tokens trained",
+    "CE distilled",
+    "worse by",
+    "KL to parent",
+    "worse by",
+    "top-1",
+    "seconds",
+)
+
+
+def control_rows(index: Json) -> list[list[str]]:
+    """The child and its controls as text cells; differences in nats a token, positive where the child is
+    better."""
+    controls = index["controls"]
+    (child,) = [stage for stage in index["stages"] if stage["name"] == controls[0]["of"]]
+    # What all runs share stands in every row.
+    own = {"seed": controls[0]["seed"], "held_out_ce_difference": None, "kl_to_parent_difference": None}
+    return [
+        [
+            row["name"],
+            str(row["seed"]),
+            f"{row['parameters']:,}",
+            f"{row['tokens_trained']:,}",
+            f"{row['held_out_ce']:.3f}",
+            signed(row["held_out_ce_difference"]),
+            f"{row['kl_to_parent']:.3f}",
+            signed(row["kl_to_parent_difference"]),
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['seconds']:,.0f}",
+        ]
+        for row in ({**child, **own}, *controls)
+    ]
+
+
+def signed(difference: float | None) -> str:
+    """`+0.012`; nothing for no difference to state."""
+    return "" if difference is None else f"{difference:+.3f}"
+
+
+def ledger_table(index: Json) -> Table:
+    """What a family cost, child by child with its nodes, and the totals it is compared with."""
+    table = Table(title=f"ledger of family {index['family']}", title_justify="left")
+    for column in LEDGER_COLUMNS:
+        table.add_column(column, justify="left" if column == "node" else "right")
+    ledger = index["ledger"]
+    for entry in ledger["entries"]:
+        table.add_row(*ledger_cells(entry))
+        for node in entry["nodes"]:
+            table.add_row(*ledger_cells({**node, "name": f"  {node['name']}"}))
+        table.add_section()
+    for sums in (ledger["family"], *([ledger["controls"]] if index["controls"] else [])):
+        table.add_row(*ledger_cells(sums))
+    for name, flops in (
+        ("floor: one teacher pass and the students", ledger["floor_flops"]),
+        ("separate: each child with an online teacher", ledger["separate_flops"]),
+    ):
+        table.add_row(name, "", tera(flops), *[""] * 4)
+    if ledger["over_floor"]:
+        table.caption = (
+            f"The family took {ledger['over_floor']:.3f} x the FLOPs of its floor; "
+            f"separate runs take {ledger['separate_over_family']:.3f} x the family's."
+        )
+    return table
+
+
+LEDGER_COLUMNS = ("node", "tokens", "TFLOPs", "of students", "of teachers", "seconds", "MB")
+
+
+def ledger_cells(record: Json) -> list[str]:
+    """One line of the ledger as text; `?` where an old manifest does not tell."""
+    teacher = record["teacher_flops"]
+    return [
+        record["name"],
+        f"{record['tokens']:,}",
+        tera(record["flops"]),
+        tera(None if teacher is None else record["flops"] - teacher),
+        tera(teacher),
+        f"{record['seconds']:,.1f}",
+        f"{record['bytes'] / 1e6:,.1f}",
+    ]
+
+
+def tera(flops: int | None) -> str:
+    """In 10^12, small ones with three significant digits."""
+    if flops is None:
+        return "?"
+    return f"{flops / 1e12:,.1f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+def pilot_tables(pilot: Json) -> list[Table]:
+    """What the policies of a pilot differ in, and what came out stage by stage."""
+    title = f"pilot: {pilot['tokens']:,} tokens a stage, seed {pilot['seed']}"
+    settings = Table(title=title, title_justify="left")
+    results = Table(title="held-out figures", title_justify="left")
+    families = [policy["family"] for policy in pilot["policies"]]
+    for column in ("key", *families):
+        settings.add_column(column)
+    for name in pilot["policies"][0]["differs"]:
+        settings.add_row(name, *(str(policy["differs"][name]) for policy in pilot["policies"]))
+    for column in PILOT_COLUMNS:
+        results.add_column(column, justify="left" if column in ("stage", "policy") else "right")
+    for row in pilot_rows(pilot):
+        results.add_row(*row)
+    return [settings, results]
+
+
+PILOT_COLUMNS = ("stage", "policy", "CE distilled", "KL to parent", "top-1", "seconds")
+
+
+def pilot_rows(pilot: Json) -> list[list[str]]:
+    """Stage by stage, the policies in the order of their recipes."""
+    policies = pilot["policies"]
+    return [
+        [
+            policy["stages"][place]["name"],
+            policy["family"],
+            f"{policy['stages'][place]['held_out_ce']:.3f}",
+            f"{policy['stages'][place]['kl_to_parent']:.3f}",
+            f"{100 * policy['stages'][place]['top1_agreement']:.1f} %",
+            f"{policy['stages'][place]['seconds']:,.0f}",
+        ]
+        for place in range(len(policies[0]["stages"]))
+        for policy in policies
+    ]
+
+
 def race_tables(index: Json) -> list[Table]:
     """For every stage that raced: its candidates, best first, with their curves."""
     return [race_table(stage) for stage in index["stages"] if stage.get("race")]

@@ -142,9 +142,8 @@ class Prune(Section):
 
     @model_validator(mode="after")
     def one_dial(self) -> Prune:
-        """Exactly one dial says how small the child is, and nothing contradicts the preset."""
-        stated = [name for name in DIALS if getattr(self, name) is not None]
-        if len(stated) + bool(self.shape.sizes()) != 1:
+        """No two dials say how small the child is, and nothing contradicts the preset."""
+        if len(self.stated) > 1:
             names = ", ".join(f"`{name}`" for name in DIALS)
             raise ValueError(f"set exactly one of {names}, or sizes in `shape`")
         if self.shape.sizes() and self.candidates > 1:
@@ -160,6 +159,20 @@ class Prune(Section):
                     f"preset {self.preset.value} sets `{name}` to {value}; leave it out, not {given}"
                 )
         return self
+
+    @property
+    def stated(self) -> list[str]:
+        """The dials that are set, `shape` among them."""
+        return [name for name in DIALS if getattr(self, name) is not None] + ["shape"] * bool(
+            self.shape.sizes()
+        )
+
+    @property
+    def of_the_cut(self) -> str:
+        """What is set and says how to cut rather than how small the child becomes."""
+        names = ("preset", *FIELDS[Preset.MINISTRAL3], "calibration_tokens")
+        fields = type(self).model_fields
+        return ", ".join(f"`{name}`" for name in names if getattr(self, name) != fields[name].default)
 
     @property
     def resolved(self) -> Prune:

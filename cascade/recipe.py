@@ -8,6 +8,7 @@ only what JSON schema can say.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from enum import StrEnum
 from importlib import resources
@@ -22,6 +23,15 @@ from cascade.dials import DIALS, Distill, Prune, Shape
 from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
 from cascade.fields import Count, Section, setting
+from cascade.roles import (
+    PREVIOUS,
+    Control,
+    Correction,
+    Policy,
+    Student,
+    TeacherModel,
+    model_from_path,
+)
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 RESERVED_STAGES = ("parent", "aliases")
@@ -100,7 +110,7 @@ class StatePrecision(StrEnum):
 
 
 class Teacher(Section):
-    """The teacher is the original parent at every stage (Ministral 3, 2601.08584, section 3)."""
+    """Who teaches, from what its signals are, and whether it learns the corpus first."""
 
     signals: Signals = setting(
         Signals.HIDDEN,
@@ -121,6 +131,29 @@ class Teacher(Section):
         le=256,
     )
 
+    policy: Policy = setting(
+        Policy.PARENT,
+        3,
+        "Policy",
+        "parent: the original; previous: the child before; model: of `models`; mixture: all of `models`.",
+    )
+    models: tuple[Annotated[TeacherModel, BeforeValidator(model_from_path)], ...] = setting(
+        (),
+        4,
+        "Models",
+        "Of `model`: one for all stages, or one for each; of `mixture`: two or more. All with the parent's "
+        "tokenizer.",
+    )
+    correction_tokens: Count = setting(
+        0, 5, "Correction tokens", "Tokens of the corpus that the teacher is fine-tuned on first; 0: none."
+    )
+    correction: Correction = setting(
+        Correction.FULL,
+        6,
+        "Correction",
+        "What is fine-tuned: full, every weight; lora, low-rank additions (needs the extra `lora`).",
+    )
+
     @model_validator(mode="after")
     def dials_of_the_codec(self) -> Teacher:
         """Nothing is set that the codec does not have."""
@@ -133,19 +166,77 @@ class Teacher(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def known_teachers(self) -> Teacher:
+        """Models are there where the policy asks for them; weights of a mixture sum to 1."""
+        policy, count = self.policy, len(self.models)
+        if policy is Policy.MODEL and not count:
+            raise ValueError("policy model needs `models`: one for all stages, or one for each")
+        if policy is Policy.MIXTURE and count < 2:
+            raise ValueError(f"policy mixture needs two or more `models`, not {count}")
+        if policy in (Policy.PARENT, Policy.PREVIOUS) and count:
+            raise ValueError(f"policy {policy.value} takes no `models`; set policy model or mixture")
+        total = math.fsum(model.weight for model in self.models)
+        if policy is Policy.MIXTURE and abs(total - 1) > 1e-6:
+            raise ValueError(f"the weights of a mixture must sum to 1, not {total:g}")
+        if policy is Policy.MODEL and any(model.weight != 1 for model in self.models):
+            raise ValueError("policy model takes no weights; set policy mixture to teach by several at once")
+        if policy is Policy.MIXTURE and self.signals.keeps_entries:
+            raise ValueError(f"a mixture needs whole distributions: signals hidden, not {self.signals.value}")
+        if self.correction_tokens and PREVIOUS in self.names:
+            raise ValueError("`correction_tokens` is for given teachers: a child before has learned already")
+        if self.correction is not Correction.FULL and not self.correction_tokens:
+            raise ValueError("`correction` says how; `correction_tokens` says how long, and is 0")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """What teaches, as the recipe writes it."""
+        given = [model.path for model in self.models]
+        return given or [self.policy.value]
+
 
 class Stage(Section):
-    """One child: cut from the child before it (the first from the parent), then distilled."""
+    """One child: it starts as a cut of the child before it (the first of the parent), as a given checkpoint
+    or from scratch, and is distilled."""
 
     name: str = setting(
         ..., 0, "Name", "Lowercase letters, digits and dashes; names the folder.", pattern=NAME
     )
-    prune: Prune = setting(..., 1, "Prune", "How small the child becomes.")
-    distill: Distill = setting(..., 2, "Distill", "How the child is taught.")
+    student: Student = setting(
+        Student.PRUNED,
+        1,
+        "Student",
+        "Starts as: pruned, a cut of the model before; given, `checkpoint`; scratch, random weights.",
+    )
+    checkpoint: str | None = setting(
+        None,
+        2,
+        "Checkpoint",
+        "Of a given student: a model as a parent is given, smaller and with the parent's tokenizer.",
+        min_length=1,
+    )
+    prune: Prune = setting(Prune(), 3, "Prune", "How small the child becomes; nothing for a given one.")
+    distill: Distill = setting(..., 4, "Distill", "How the child is taught.")
+
+    @model_validator(mode="after")
+    def one_start(self) -> Stage:
+        """A given student has a checkpoint and no dial; the others are the other way round."""
+        given = self.student is Student.GIVEN
+        if given != (self.checkpoint is not None):
+            raise ValueError("`checkpoint` goes with `student: given`, and neither without the other")
+        if given and self.prune != Prune():
+            raise ValueError("a given student is taught as it is; leave `prune` out")
+        if not given and not self.prune.stated:
+            names = ", ".join(f"`{name}`" for name in DIALS)
+            raise ValueError(f"prune: set exactly one of {names}, or sizes in `shape`")
+        if self.student is Student.SCRATCH and (written := self.prune.of_the_cut):
+            raise ValueError(f"a student from scratch is not cut; leave {written} out of `prune`")
+        return self
 
 
 class Recipe(Section):
-    """A family: one parent, one corpus, one teacher, and its stages from large to small."""
+    """A family: one parent, one corpus, its teachers, and its stages from large to small."""
 
     family: str = setting(
         ..., 0, "Family", "Lowercase letters, digits and dashes; names the folder.", pattern=NAME
@@ -158,11 +249,17 @@ class Recipe(Section):
         min_length=1,
     )
     corpus: Corpus = setting(..., 2, "Corpus", "The text that calibrates, teaches and measures.")
-    teacher: Teacher = setting(Teacher(), 3, "Teacher", "How the parent teaches.")
+    teacher: Teacher = setting(Teacher(), 3, "Teacher", "Who teaches, and how.")
     stages: tuple[Stage, ...] = setting(..., 4, "Stages", "The children, from large to small.", min_length=1)
-    seed: int = setting(0, 5, "Seed", "Fixes the order of the data and every draw.", ge=0, lt=2**31)
+    controls: tuple[Control, ...] = setting(
+        (),
+        5,
+        "Controls",
+        "What the last child is compared with, in its shape: scratch, one_shot, ce_only, random_prune.",
+    )
+    seed: int = setting(0, 6, "Seed", "Fixes the order of the data and every draw.", ge=0, lt=2**31)
     trust_remote_code: bool = setting(
-        False, 6, "Trust remote code", "Run Python code that ships with the parent. Read that code first."
+        False, 7, "Trust remote code", "Run Python code that ships with the parent. Read that code first."
     )
 
     @model_validator(mode="after")
@@ -183,6 +280,29 @@ class Recipe(Section):
                 raise ValueError(
                     f"`{dial}` must fall from stage to stage (each is cut from the one before), not {stated}"
                 )
+        models = len(self.teacher.models)
+        if self.teacher.policy is Policy.MODEL and models not in (1, len(self.stages)):
+            raise ValueError(
+                f"teacher.models: give one for all stages or one for each of {len(self.stages)}, not {models}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def fair_controls(self) -> Recipe:
+        """Controls are different from each other, from the stages, and from the child they stand beside."""
+        last = self.stages[-1]
+        for control in self.controls:
+            if self.controls.count(control) > 1:
+                raise ValueError(f"controls: {control.value} is there twice")
+            if control.name_of(last.name) in [stage.name for stage in self.stages]:
+                raise ValueError(f"stage name {control.name_of(last.name)!r} is the name of a control")
+            given = [stage.name for stage in self.stages if stage.student is Student.GIVEN]
+            if given and control is not Control.CE_ONLY:
+                raise ValueError(
+                    f"control {control.value} needs a family cut from its parent, not {given[0]}"
+                )
+            if last.student is Student.SCRATCH and control in (Control.SCRATCH, Control.RANDOM_PRUNE):
+                raise ValueError(f"control {control.value} would be the last stage itself, or nothing is cut")
         return self
 
     @model_validator(mode="after")
@@ -291,7 +411,7 @@ def describe_problem(problem: Any) -> str:
 
 def suggestion(key: str) -> str:
     """The known key that looks most like `key`, ready to be appended to a message."""
-    models = (Recipe, Corpus, Source, Teacher, Stage, Prune, Shape, Distill)
+    models = (Recipe, Corpus, Source, Teacher, TeacherModel, Stage, Prune, Shape, Distill)
     known = sorted({name for model in models for name in model.model_fields})
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""

@@ -12,6 +12,7 @@ from cascade.dials import Distill, Prune, Shape
 from cascade.fields import Section
 from cascade.planning.axes import Axis
 from cascade.recipe import Corpus, Options, Recipe, Source, Stage, Teacher, load_recipe
+from cascade.roles import TeacherModel
 from tests.architectures import ARCHITECTURES, BOUND, UNTURNED, cuts
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ SECTIONS: dict[str, type[Section]] = {
     "corpus.": Corpus,
     "corpus.sources[].": Source,
     "teacher.": Teacher,
+    "teacher.models[].": TeacherModel,
     "stages[].": Stage,
     "stages[].prune.": Prune,
     "stages[].prune.shape.": Shape,

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
+from cascade.distillation.lora import require_peft
 from cascade.distillation.states import check_head
 from cascade.errors import InputError
 from cascade.family.graph import Graph, Node
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
-from cascade.family.layout import Parent, build_graph
+from cascade.family.layout import build_graph
 from cascade.family.planner import FamilyPlanner
 from cascade.family.race import race
 from cascade.family.runner import Outcome
+from cascade.family.teachers import Parent
 from cascade.models.decoder import Decoder, decoder_of, empty_model_of
-from cascade.models.sources import load_config, resolve_parent
+from cascade.models.sources import ParentSource, load_config, load_tokenizer, resolve_parent
+from cascade.models.tokenizers import require_same_tokenizer
 from cascade.planning.plan import describe
 from cascade.pruning.proof import TOKENS, proof_of, random_miniature
 from cascade.recipe import Options, Recipe
+from cascade.roles import PARENT, PREVIOUS, Correction
 from cascade.storage.locations import check_store, open_location
 from cascade.storage.manifest import Manifest
 
@@ -56,15 +63,74 @@ def plan_family(recipe: Recipe, cache: Path) -> Graph:
 
     Raises InputError for whatever of the recipe cannot be built.
     """
-    source = resolve_parent(recipe.parent, trust_remote_code=recipe.trust_remote_code, cache=cache)
-    model = empty_model_of(load_config(source), trust_remote_code=recipe.trust_remote_code)
     prints = tuple(fingerprint(Source(**source.model_dump())) for source in recipe.corpus.sources)
-    decoder = decoder_of(model)
-    require_plain_head(decoder)
-    parent = Parent(recipe.parent, source.fingerprint, decoder.architecture)
-    planner = FamilyPlanner(recipe, decoder, proof_of(decoder), cache / "latency" / source.fingerprint[:12])
+    parent = found_model(recipe, recipe.parent, cache)
+    others = {
+        reference: found_model(recipe, reference, cache, parent.tokenizer)
+        for reference in given_models(recipe)
+    }
+    if recipe.teacher.correction is Correction.LORA:
+        require_peft()
+    planner = FamilyPlanner(recipe, parent.decoder, proof_of(parent.decoder), parent.latencies(cache))
+    students = {stage.checkpoint for stage in recipe.stages if stage.checkpoint}
+    given = {
+        reference: replace(
+            planner,
+            decoder=model.decoder,
+            proof=proof_of(model.decoder),
+            latency_folder=model.latencies(cache),
+            original=parent.decoder.architecture,
+        )
+        for reference, model in others.items()
+        if reference in students
+    }
+    planner = replace(planner, given=given)
     require_any_winner(recipe, planner)
-    return build_graph(recipe, parent, planner, prints)
+    described = {reference: model.described for reference, model in others.items()}
+    return build_graph(recipe, parent.described, planner, prints, given=described)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that the recipe names: identified, and its structure and tokenizer read."""
+
+    source: ParentSource
+    decoder: Decoder
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its own."""
+        return load_tokenizer(self.source)
+
+    @property
+    def described(self) -> Parent:
+        """What the graph has to know."""
+        return Parent(self.source.reference, self.source.fingerprint, self.decoder.architecture)
+
+    def latencies(self, cache: Path) -> Path:
+        """Where its measurements are kept."""
+        return cache / "latency" / self.source.fingerprint[:12]
+
+
+def given_models(recipe: Recipe) -> list[str]:
+    """What the recipe names beside the parent: teachers and students, each once."""
+    teachers = [model.path for model in recipe.teacher.models if model.path not in (PARENT, PREVIOUS)]
+    return list(
+        dict.fromkeys([*teachers, *(stage.checkpoint for stage in recipe.stages if stage.checkpoint)])
+    )
+
+
+def found_model(
+    recipe: Recipe, reference: str, cache: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Found:
+    """Read a model's config; raises InputError if it cannot be distilled, or has another tokenizer."""
+    trust = recipe.trust_remote_code
+    source = resolve_parent(reference, trust_remote_code=trust, cache=cache)
+    found = Found(source, decoder_of(empty_model_of(load_config(source), trust_remote_code=trust)))
+    require_plain_head(found.decoder)
+    if tokenizer is not None:
+        require_same_tokenizer(tokenizer, found.tokenizer, where=reference)
+    return found
 
 
 def require_any_winner(recipe: Recipe, planner: FamilyPlanner) -> None:
@@ -106,7 +172,8 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
         index = family_index(graph, store, done, options.run)
         on_index(index)
         # An interrupted rebuild must not hide the stages of the build before it.
-        if not rebuilt or len(index["stages"]) == len(graph.stages):
+        complete = all(len(index[part]) == len(getattr(graph, part)) for part in ("stages", "controls"))
+        if not rebuilt or complete:
             write_index(index, store)
         return index
 
@@ -116,11 +183,16 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
     index = publish(graph)
     for place in range(len(graph.stages)):
         stage = graph.stages[place]
-        make(stage.importance)
+        for node in stage.before:
+            make(node)
         if stage.open:
             graph = graph.decide(stage.stage.name, race(stage, make))
             stage = graph.stages[place]
         for node in (stage.pruned, stage.distilled, stage.evaluated):
+            make(node)
+        index = publish(graph)
+    for control in graph.controls:
+        for node in control:
             make(node)
         index = publish(graph)
     return index

@@ -31,13 +31,11 @@ def teacher_flops(parent: Architecture, context: int, stored: bool, whole: bool 
     return 2 * parent.hidden * parent.vocabulary if whole else 0
 
 
-def training_flops(
-    child: Architecture, parent: Architecture, context: int, stored: bool, whole: bool = True
-) -> int:
-    """One trained token."""
-    return TRAINING_FORWARDS * child.forward_flops(context) + teacher_flops(parent, context, stored, whole)
+def student_flops(child: Architecture, context: int, frozen: bool = False) -> int:
+    """One trained token. frozen: matrices get no gradients of their own, only pass them on."""
+    return (TRAINING_FORWARDS - frozen) * child.forward_flops(context)
 
 
-def evaluation_flops(model: Architecture, parent: Architecture, context: int, stored: bool) -> int:
-    """One evaluated token; what is evaluated on is stored whole."""
-    return model.forward_flops(context) + teacher_flops(parent, context, stored)
+def body_flops(model: Architecture, context: int) -> int:
+    """One token through the layers, without the LM head: a rotation's or a repair's pass."""
+    return model.forward_flops(context) - 2 * model.hidden * model.vocabulary

@@ -9,11 +9,13 @@ import torch
 from rich.table import Table
 
 from cascade.architecture import Architecture
-from cascade.dials import Prune
 from cascade.distillation.signals.codecs import BfloatStates, Codec, codec_of
-from cascade.family.cost import evaluation_flops, importance_flops, training_flops
-from cascade.family.graph import Graph, StageNodes
+from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
+from cascade.family.graph import Graph, Kind, Lesson, Node, StageNodes
 from cascade.planning.cost import cost_of_cuts
+from cascade.pruning.repair import Repair, can_fit
+from cascade.recipe import Recipe, Stage
+from cascade.roles import Control, Correction, Student
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
 # rate of a large float32 product on 2 cores. Doubtful elsewhere: a forecast, not a promise.
@@ -32,11 +34,9 @@ class Cost:
 def parent_cost(graph: Graph) -> Cost:
     """The parent's copy, its evaluation, and its one forward pass over what the hungriest stage needs."""
     parent, length = graph.original, graph.recipe.corpus.sequence_length
-    held_out, signals = graph.recipe.corpus.held_out_tokens, signals_of(graph)
-    tokens = signals.tokens + signals.held_out_tokens if signals else 0
-    evaluated = held_out * evaluation_flops(parent, parent, length, signals is not None)
-    flops = tokens * parent.forward_flops(length) + evaluated
-    return Cost(flops, parent.weight_bytes() + (signals.stored_bytes if signals else 0))
+    signals = signals_of(graph.signals, parent).cost(length) if graph.signals else Cost(0, 0)
+    flops = signals.flops + evaluation_cost(parent, graph)
+    return Cost(flops, parent.weight_bytes() + signals.stored_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,18 @@ class SignalsCost:
     codec: Codec
     tokens: int
     held_out_tokens: int
-    parent: Architecture
+    teacher: Architecture
 
     @property
     def stored_bytes(self) -> int:
         """Of all rows; held-out rows are stored as states in bfloat16 whatever the codec."""
-        exact = BfloatStates(self.parent.hidden).token_bytes()
+        exact = BfloatStates(self.teacher.hidden).token_bytes()
         return round(self.tokens * self.codec.token_bytes() + self.held_out_tokens * exact)
+
+    def cost(self, length: int) -> Cost:
+        """One forward pass, and what it leaves."""
+        tokens = self.tokens + self.held_out_tokens
+        return Cost(tokens * self.teacher.forward_flops(length), self.stored_bytes)
 
     def __str__(self) -> str:
         about = "about " if self.codec.flat else ""
@@ -63,36 +68,83 @@ class SignalsCost:
         )
 
 
-def signals_of(graph: Graph) -> SignalsCost | None:
-    """What will be stored of the teacher, or None."""
-    if graph.signals is None:
-        return None
-    section, parent = graph.signals.section, graph.original
-    codec = codec_of(section, parent.hidden, parent.vocabulary)
-    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], parent)
+def signals_of(signals: Node, teacher: Architecture) -> SignalsCost:
+    """What will be stored of a teacher."""
+    section = signals.section
+    codec = codec_of(section, teacher.hidden, teacher.vocabulary)
+    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], teacher)
 
 
-def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph) -> Cost:
-    """Calibration of the seed, training and two evaluations of the child; two stored checkpoints."""
-    recipe, parent, child = graph.recipe, graph.original, stage.architecture
-    length, stored, prune = recipe.corpus.sequence_length, graph.signals is not None, stage.stage.prune
-    whole = not recipe.teacher.signals.keeps_entries
-    drops = stage.importance.section.get("drops", ())
-    trained = stage.stage.distill.tokens
-    flops = (
-        prune.calibration_tokens * importance_flops(seed, prune.resolved.importance, length, drops)
-        + trained * training_flops(child, parent, length, stored, whole)
-        + 2 * recipe.corpus.held_out_tokens * evaluation_flops(child, parent, length, stored)
-    )
+NO_SIGNALS = "teacher signals: none are stored, the teacher runs beside every student"
+
+
+def all_signals(graph: Graph) -> list[SignalsCost]:
+    """What will be stored of every teacher, each once."""
+    lessons = [lesson for stage in (*graph.stages, *graph.controls) for lesson in stage.teaching.lessons]
+    found = {lesson.node.key: lesson for lesson in lessons if lesson.node.kind is Kind.SIGNALS}
+    return [signals_of(lesson.node, lesson.model) for lesson in found.values()]
+
+
+def evaluation_cost(model: Architecture, graph: Graph) -> int:
+    """FLOPs of measuring one model against the parent."""
+    length = graph.recipe.corpus.sequence_length
+    parent = teacher_flops(graph.original, length, graph.signals is not None)
+    return graph.recipe.corpus.held_out_tokens * (model.forward_flops(length) + parent)
+
+
+def lesson_cost(lesson: Lesson, recipe: Recipe) -> Cost:
+    """What makes a teacher other than the parent as it is: its copy, its correction, its signals."""
+    section, length, model = lesson.node.section, recipe.corpus.sequence_length, lesson.model
+    if lesson.node.kind is Kind.SIGNALS:
+        return signals_of(lesson.node, model).cost(length)
+    if lesson.node.kind is Kind.CORRECTED:
+        frozen = section["correction"] == Correction.LORA
+        flops = section["distill"]["tokens"] * student_flops(model, length, frozen)
+        return Cost(flops, model.weight_bytes())
+    return Cost(0, model.weight_bytes())
+
+
+def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[str]) -> Cost:
+    """Calibration of the seed, repairs, training and two evaluations of the child; its stored checkpoints.
+
+    made: keys of nodes that the rows before have counted; this row's are added.
+    """
+    recipe, child = graph.recipe, stage.architecture
+    length, trained = recipe.corpus.sequence_length, stage.stage.distill.tokens
+    stored, whole = stage.teaching.stored, not recipe.teacher.signals.keeps_entries
+    teachers = sum(teacher_flops(model, length, stored, whole) for model in stage.teaching.teachers)
+    costs = [lesson_cost(lesson, recipe) for lesson in stage.teaching.lessons if lesson.node.key not in made]
+    flops = trained * (student_flops(child, length) + teachers) + 2 * evaluation_cost(child, graph)
+    if stage.importance and stage.importance.key not in made:
+        flops += cutting_cost(stage, seed, length)
     lost, states = 0.0, 0
     for leg, standing in race_legs(stage):
         # The winner's legs are part of its own training.
         shapes = [candidate.architecture for candidate in stage.candidates[1:standing]]
-        lost += leg * trained * sum(training_flops(shape, parent, length, stored, whole) for shape in shapes)
+        lost += leg * trained * sum(student_flops(shape, length) + teachers for shape in shapes)
         # Weights and two moments of AdamW.
         states += 3 * standing * child.weight_bytes()
-    pruned = sum(candidate.architecture.weight_bytes() for candidate in stage.candidates)
-    return Cost(flops + round(lost), child.weight_bytes() + pruned + states)
+    starts = [candidate for candidate in stage.candidates if candidate.pruned.key not in made]
+    pruned = sum(candidate.architecture.weight_bytes() for candidate in starts)
+    made |= {node.key for node in stage}
+    return Cost(
+        flops + round(lost) + sum(cost.flops for cost in costs),
+        child.weight_bytes() + pruned + states + sum(cost.stored_bytes for cost in costs),
+    )
+
+
+def cutting_cost(stage: StageNodes, seed: Architecture, length: int) -> int:
+    """FLOPs of one calibration pass for all candidates, and of what rotations and repairs look at."""
+    prune = stage.stage.prune.resolved
+    drops = stage.importance.section.get("drops", ()) if stage.importance else ()
+    flops = importance_flops(seed, prune.importance, length, drops)
+    for candidate in stage.candidates:
+        if "calibration_tokens" in candidate.pruned.section:
+            rotated = prune.rotate and candidate.architecture.hidden < seed.hidden
+            fitted = prune.repair is Repair.LEAST_SQUARES and can_fit(seed, candidate.architecture)
+            # Least squares takes more passes where its sums do not fit into memory at once.
+            flops += (rotated + fitted) * body_flops(seed, length)
+    return prune.calibration_tokens * flops
 
 
 def race_legs(stage: StageNodes) -> list[tuple[float, int]]:
@@ -119,22 +171,23 @@ def machine_rate() -> float:
 
 def plan_table(graph: Graph, rate: float) -> Table:
     """One row a model: shape, counts, memory, and what making it costs at `rate` FLOP/s."""
-    signals = signals_of(graph)
+    signals = all_signals(graph)
     table = Table(
         title=f"plan of family {graph.recipe.family}",
         title_justify="left",
-        caption=str(signals or "teacher signals: none are stored, the teacher runs beside every student"),
+        caption="\n".join(map(str, signals)) or NO_SIGNALS,
         caption_justify="left",
     )
     for column in ("model", "dial", *SHAPE_COLUMNS, "TFLOPs", "storage", "about"):
         table.add_column(column, justify="left" if column in ("model", "dial") else "right")
     rows: list[tuple[str, str, Architecture, Cost]] = [("parent", "", graph.original, parent_cost(graph))]
-    seed = graph.original
-    for stage in graph.stages:
-        rows.append(
-            (stage.stage.name, dial(stage.stage.prune), stage.architecture, stage_cost(stage, seed, graph))
-        )
-        seed = stage.architecture
+    seed, before, made = graph.original, graph.original, {node.key for node in graph.trunk}
+    for stage in (*graph.stages, *graph.controls):
+        start = control_seed(stage, graph.original, before) if stage.control else seed
+        cost = stage_cost(stage, start, graph, made)
+        rows.append((stage.stage.name, dial(stage.stage), stage.architecture, cost))
+        if not stage.control:
+            seed, before = stage.architecture, seed
     for name, setting, shape, cost in rows:
         table.add_row(name, setting, *shape_cells(shape), *cost_cells(cost, rate))
     costs = [row[3] for row in rows]
@@ -142,6 +195,11 @@ def plan_table(graph: Graph, rate: float) -> Table:
     table.add_section()
     table.add_row("family", "", *[""] * len(SHAPE_COLUMNS), *cost_cells(total, rate))
     return table
+
+
+def control_seed(stage: StageNodes, original: Architecture, before: Architecture) -> Architecture:
+    """What a control is cut from: the parent, or what the last child is cut from."""
+    return original if stage.control is Control.ONE_SHOT else before
 
 
 def ranking_table(graph: Graph) -> Table:
@@ -156,15 +214,19 @@ def ranking_table(graph: Graph) -> Table:
         candidates = [candidate.architecture for candidate in stage.candidates]
         role = "races" if len(candidates) > 1 else "chosen"
         for shape in (*candidates, *stage.runners_up):
-            rise = f"{cost_of_cuts(graph.original, shape):.2f}"
+            cut = stage.stage.student is Student.PRUNED
+            rise = f"{cost_of_cuts(graph.original, shape):.2f}" if cut else ""
             cells = shape_cells(shape)
             table.add_row(stage.stage.name, role if shape in candidates else "", *cells, rise)
         table.add_section()
     return table
 
 
-def dial(prune: Prune) -> str:
-    """The dial as the user set it, for tables."""
+def dial(stage: Stage) -> str:
+    """The dial, or the checkpoint, as the user set it, for tables."""
+    if stage.checkpoint:
+        return stage.checkpoint
+    prune = stage.prune
     if prune.shape.sizes():
         return ", ".join(f"{axis} {size}" for axis, size in prune.shape.sizes().items())
     texts = {

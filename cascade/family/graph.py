@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Any
 
 from cascade.architecture import Architecture
 from cascade.recipe import Recipe, Stage
+from cascade.roles import Control
 from cascade.storage.locations import Location
 from cascade.storage.manifest import artifact_key
 
@@ -21,9 +22,12 @@ class Kind(StrEnum):
 
     CORPUS = "corpus"
     PARENT = "parent"
+    GIVEN = "given"
+    CORRECTED = "corrected"
     SIGNALS = "signals"
     IMPORTANCE = "importance"
     PRUNED = "pruned"
+    INITIALISED = "initialised"
     RACED = "raced"
     DISTILLED = "distilled"
     EVALUATED = "evaluated"
@@ -65,6 +69,26 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """Makes the nodes of one family: what was laid out before, for whatever stage, is taken again."""
+
+    family: str
+    known: dict[str, Node] = field(default_factory=dict)
+
+    def node(
+        self,
+        kind: Kind,
+        stage: str,
+        section: Section,
+        inputs: dict[str, Node] | None = None,
+        hints: Section | None = None,
+    ) -> Node:
+        """The node with this kind, section and inputs."""
+        node = Node(kind, stage, self.family, section, inputs or {}, hints or {})
+        return self.known.setdefault(node.key, node)
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """Shapes of a stage, cheapest cuts first: the one to build or those that race, and the next in rank."""
 
@@ -73,8 +97,32 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """A node that has to be there before a stage can be taught, and the model it holds or describes."""
+
+    node: Node
+    model: Architecture
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Who teaches a stage.
+
+    inputs: of every training node, by role. teachers: those that answer, with the weights of a mixture.
+    stored: they answer from stored signals. lessons: what has to be made first, each after its inputs.
+    """
+
+    inputs: dict[str, Node] = field(default_factory=dict)
+    teachers: tuple[Architecture, ...] = ()
+    weights: tuple[float, ...] = ()
+    stored: bool = False
+    lessons: tuple[Lesson, ...] = ()
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One shape of a stage: its cut, and in a race the legs of its training, each going on from the last."""
+    """One shape of a stage: what its student starts as, `pruned` even where it is no cut, and in a race the
+    legs of its training, each going on from the last."""
 
     architecture: Architecture
     pruned: Node
@@ -84,16 +132,18 @@ class Candidate:
 @dataclass(frozen=True)
 class StageNodes:
     """The nodes of one child. candidates: one, or those that race; winner: the index of the one that goes on,
-    the first as long as the race is `open`."""
+    the first as long as the race is `open`. importance: of what is cut. control: what it is compared as."""
 
     stage: Stage
     candidates: tuple[Candidate, ...]
     runners_up: tuple[Architecture, ...]
     winner: int
     open: bool
-    importance: Node
+    importance: Node | None
+    teaching: Teaching
     distilled: Node
     evaluated: Node
+    control: Control | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -102,12 +152,18 @@ class StageNodes:
 
     @property
     def pruned(self) -> Node:
-        """The child right after its cut."""
+        """The child before it is taught: right after its cut, where it is one."""
         return self.candidates[self.winner].pruned
+
+    @property
+    def before(self) -> list[Node]:
+        """What the cut and the training need first."""
+        lessons = [lesson.node for lesson in self.teaching.lessons]
+        return [*lessons, *([self.importance] if self.importance else [])]
 
     def __iter__(self) -> Iterator[Node]:
         """Every node after its inputs; of a race all legs, though losers run only some."""
-        yield self.importance
+        yield from self.before
         for candidate in self.candidates:
             yield candidate.pruned
             yield from candidate.legs
@@ -117,7 +173,11 @@ class StageNodes:
 
 @dataclass(frozen=True)
 class Graph:
-    """A planned family. Iterating yields every node after its inputs."""
+    """A planned family. Iterating yields every node after its inputs.
+
+    signals: of the parent, where it teaches from them; what else teaches belongs to the stages. controls: of
+    the last stage.
+    """
 
     recipe: Recipe
     original: Architecture
@@ -126,6 +186,7 @@ class Graph:
     signals: Node | None
     evaluated: Node
     stages: tuple[StageNodes, ...]
+    controls: tuple[StageNodes, ...]
     decide: Callable[[str, int], Graph] = field(compare=False)
     """The graph once the race of a stage is won: what follows is planned anew for the winner."""
 
@@ -135,11 +196,10 @@ class Graph:
         return [self.corpus, self.parent, *([self.signals] if self.signals else []), self.evaluated]
 
     def __iter__(self) -> Iterator[Node]:
-        """The order on one machine.
+        """The order on one machine; a node that several stages need comes once.
 
         Each stage is evaluated before the next is cut: it takes seconds, and a bad child should be
         seen before the next stage spends hours on it.
         """
-        yield from self.trunk
-        for stage in self.stages:
-            yield from stage
+        groups: list[Iterable[Node]] = [self.trunk, *self.stages, *self.controls]
+        yield from {node.key: node for group in groups for node in group}.values()

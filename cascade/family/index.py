@@ -11,6 +11,7 @@ from typing import Any
 
 from cascade.errors import InputError, IntegrityError
 from cascade.family.graph import Graph, Node, StageNodes
+from cascade.family.ledger import ledger
 from cascade.family.runner import Outcome
 from cascade.storage.locations import Location
 
@@ -62,6 +63,12 @@ def family_index(graph: Graph, store: Location, done: dict[str, Outcome], run: s
             **{name: parent["parent"][name] for name in ("held_out_ce", "tokens_per_second")},
         },
         "stages": [stage_record(stage, store, done) for stage in graph.stages if stage.evaluated.key in done],
+        "controls": [
+            control_record(control, graph.stages[-1], store, done)
+            for control in graph.controls
+            if control.evaluated.key in done
+        ],
+        "ledger": ledger(graph, done),
         "artifacts": [artifact_record(node, store, done[node.key]) for node in graph if node.key in done],
     }
 
@@ -75,6 +82,8 @@ def artifact_record(node: Node, store: Location, outcome: Outcome) -> Json:
         "reused": outcome.reused,
         "seconds": outcome.manifest.seconds,
         "bytes": outcome.manifest.bytes,
+        "tokens": outcome.manifest.tokens,
+        "flops": outcome.manifest.flops,
         "run": outcome.manifest.run,
     }
 
@@ -104,6 +113,22 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
         "seconds": round(sum(done[node.key].manifest.seconds for node in nodes), 1),
         "reused": done[stage.distilled.key].reused,
         "race": race_record(stage, done),
+    }
+
+
+def control_record(control: StageNodes, child: StageNodes, store: Location, done: dict[str, Outcome]) -> Json:
+    """A control's row: that of a stage, and by how much it is worse than the child that it stands beside.
+
+    Differences are in nats a token, positive where the child is better.
+    """
+    record, own = stage_record(control, store, done), stage_record(child, store, done)
+    return {
+        **record,
+        "control": control.control,
+        "of": child.stage.name,
+        "seed": control.distilled.section["seed"],
+        "held_out_ce_difference": record["held_out_ce"] - own["held_out_ce"],
+        "kl_to_parent_difference": record["kl_to_parent"] - own["kl_to_parent"],
     }
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
 from cascade.architecture import Architecture
 from cascade.data import PACKING
 from cascade.distillation.settings import DistillSettings
 from cascade.errors import InputError
-from cascade.family.graph import Candidate, Graph, Kind, Node, Section, StageNodes, StagePlan
+from cascade.family.controls import control_stage
+from cascade.family.graph import (
+    Candidate,
+    Graph,
+    Kind,
+    Node,
+    Nodes,
+    Section,
+    StageNodes,
+    StagePlan,
+    Teaching,
+)
+from cascade.family.teachers import Faculty, Parent, given_node
 from cascade.importance.method import Method
 from cascade.pruning.repair import Repair, can_fit
-from cascade.recipe import Recipe, Signals, Stage, StatePrecision
+from cascade.recipe import Recipe, Stage
+from cascade.roles import Control, Student
 
-
-@dataclass(frozen=True)
-class Parent:
-    """What the graph has to know about the parent; `fingerprint` identifies its content."""
-
-    reference: str
-    fingerprint: str
-    architecture: Architecture
+NOTHING: Mapping[str, Parent] = MappingProxyType({})
 
 
 Planner = Callable[[dict[str, int]], tuple[StagePlan, ...]]
@@ -35,32 +42,39 @@ def build_graph(
     planner: Planner,
     fingerprints: tuple[str, ...],
     winners: Mapping[str, int] | None = None,
+    given: Mapping[str, Parent] = NOTHING,
 ) -> Graph:
     """Lay out the nodes of a recipe.
 
-    fingerprints: the content identity of each corpus source. winners: of races that are over.
+    fingerprints: the content identity of each corpus source. winners: of races that are over. given: models
+    that the recipe names beside the parent, by reference.
     """
     decided = dict(winners or {})
+    nodes = Nodes(recipe.family)
     corpus = _corpus_node(recipe, parent, fingerprints)
-    identity = {"fingerprint": parent.fingerprint}
-    root = Node(Kind.PARENT, "parent", recipe.family, identity, hints={"parent": parent.reference})
-    measured = {"parent": root, "corpus": corpus}
-    signals = None
-    if recipe.teacher.signals is not Signals.ONLINE:
-        section = signals_section(recipe)
-        signals = Node(Kind.SIGNALS, "parent", recipe.family, section, dict(measured))
-        measured["signals"] = signals
-    evaluated = _evaluated_node(recipe, "parent", measured)
+    root = nodes.node(Kind.PARENT, "parent", {"fingerprint": parent.fingerprint}, hints=parent.hints)
+    faculty = Faculty(recipe, nodes, (root, parent.architecture), corpus, given)
+    signals = faculty.parent_signals()
+    measured = {"parent": root, "corpus": corpus, **({"signals": signals} if signals else {})}
+    evaluated = nodes.node(Kind.EVALUATED, "parent", held_out_section(recipe), measured)
+    layout = Layout(recipe, nodes, faculty, measured)
     stages: list[StageNodes] = []
-    seed, shape = root, parent.architecture
-    for stage, plan in zip(recipe.stages, planner(decided), strict=True):
-        stages.append(_stage_nodes(recipe, stage, plan, (seed, shape), measured, decided.get(stage.name)))
-        seed, shape = stages[-1].distilled, stages[-1].architecture
+    starts = [Start(root, parent.architecture, root)]
+    for index, (stage, plan) in enumerate(zip(recipe.stages, planner(decided), strict=True)):
+        teaching = faculty.of(index, (starts[-1].seed, starts[-1].shape))
+        stages.append(layout.stage(stage, plan, starts[-1], teaching, decided.get(stage.name)))
+        base = stages[-1].pruned if stage.student is Student.GIVEN else starts[-1].base
+        starts.append(Start(stages[-1].distilled, stages[-1].architecture, base))
+    controls = tuple(
+        layout.control(control, stages[-1], starts[0], starts[-2]) for control in recipe.controls
+    )
 
     def decide(stage: str, winner: int) -> Graph:
-        return build_graph(recipe, parent, planner, fingerprints, {**decided, stage: winner})
+        return build_graph(recipe, parent, planner, fingerprints, {**decided, stage: winner}, given)
 
-    return Graph(recipe, parent.architecture, corpus, root, signals, evaluated, tuple(stages), decide)
+    return Graph(
+        recipe, parent.architecture, corpus, root, signals, evaluated, tuple(stages), controls, decide
+    )
 
 
 def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) -> Node:
@@ -88,28 +102,17 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
         "needs": [
             {"stage": stage.name, "tokens": stage.distill.tokens, "epochs": stage.distill.epochs}
             for stage in recipe.stages
-        ],
+        ]
+        + correction_needs(recipe),
     }
     return Node(Kind.CORPUS, "parent", recipe.family, section, hints=hints)
 
 
-def signals_section(recipe: Recipe) -> Section:
-    """What is stored of the teacher, and of how many tokens; the seed only where entries are drawn."""
-    teacher = recipe.teacher
-    if teacher.signals.keeps_entries:
-        codec: Section = {"codec": teacher.signals.value, "token_bytes": teacher.token_bytes}
-        codec |= {"seed": recipe.seed} if teacher.signals is not Signals.TOP_K else {}
-    else:
-        codec = {"codec": STATE_CODECS[teacher.precision]}
-    tokens = max(stage.distill.tokens for stage in recipe.stages)
-    return codec | {"tokens": tokens} | held_out_section(recipe)
-
-
-STATE_CODECS = {StatePrecision.BFLOAT16: "hidden_bf16", StatePrecision.INT8: "hidden_int8"}
-
-
-def _evaluated_node(recipe: Recipe, stage: str, inputs: dict[str, Node]) -> Node:
-    return Node(Kind.EVALUATED, stage, recipe.family, held_out_section(recipe), inputs)
+def correction_needs(recipe: Recipe) -> list[Section]:
+    """Tokens of the teacher's correction, in as many epochs as the stage that asks for most."""
+    epochs = max(stage.distill.epochs for stage in recipe.stages)
+    tokens = recipe.teacher.correction_tokens
+    return [{"stage": "teacher", "tokens": tokens, "epochs": epochs}] if tokens else []
 
 
 def held_out_section(recipe: Recipe) -> Section:
@@ -117,52 +120,115 @@ def held_out_section(recipe: Recipe) -> Section:
     return {"held_out_tokens": recipe.corpus.held_out_tokens}
 
 
-def _stage_nodes(
-    recipe: Recipe,
-    stage: Stage,
-    plan: StagePlan,
-    seed: tuple[Node, Architecture],
-    measured: dict[str, Node],
-    winner: int | None,
-) -> StageNodes:
-    """A stage is cut from the distilled child before it and taught by the original parent."""
-    (parent, before), shapes = seed, plan.candidates
+@dataclass(frozen=True)
+class Start:
+    """Where a stage starts: the model that is cut, its shape, and the one whose class it has."""
 
-    def node(kind: Kind, section: Section, inputs: dict[str, Node]) -> Node:
-        return Node(kind, stage.name, recipe.family, section, inputs)
+    seed: Node
+    shape: Architecture
+    base: Node
 
-    corpus = {"corpus": measured["corpus"]}
-    scored = importance_section(recipe, stage, before, shapes)
-    importance = node(Kind.IMPORTANCE, scored, {"checkpoint": parent, **corpus})
-    candidates = []
-    for shape in shapes:
-        inputs = {"checkpoint": parent, "importance": importance}
-        section = pruning_section(stage, before, shape)
-        pruned = node(Kind.PRUNED, section, inputs | (corpus if "calibration_tokens" in section else {}))
-        legs: list[Node] = []
-        training = training_section(recipe, stage, shape)
-        for part in legs_of(len(shapes), steps_of(recipe, stage, shape), f"stage {stage.name}"):
-            start = {"raced": legs[-1]} if legs else {}
-            leg = {"distill": training, "seed": recipe.seed, "part": part} | held_out_section(recipe)
-            legs.append(node(Kind.RACED, leg, {"student": pruned, **start, **measured}))
-        candidates.append(Candidate(shape, pruned, tuple(legs)))
-    chosen = candidates[winner or 0]
-    section = {"distill": training_section(recipe, stage, chosen.architecture), "seed": recipe.seed}
-    start = {"raced": chosen.legs[-1]} if chosen.legs else {}
-    distilled = node(Kind.DISTILLED, section, {"student": chosen.pruned, **start, **measured})
-    inputs = {"pruned": chosen.pruned, "distilled": distilled, **measured}
-    evaluated = _evaluated_node(recipe, stage.name, inputs)
-    racing = len(shapes) > 1 and winner is None
-    return StageNodes(
-        stage,
-        tuple(candidates),
-        plan.runners_up,
-        winner or 0,
-        racing,
-        importance,
-        distilled,
-        evaluated,
-    )
+
+@dataclass(frozen=True)
+class Layout:
+    """Lays out stages. measured: what every child is measured against."""
+
+    recipe: Recipe
+    nodes: Nodes
+    faculty: Faculty
+    measured: dict[str, Node]
+
+    def stage(
+        self,
+        stage: Stage,
+        plan: StagePlan,
+        start: Start,
+        teaching: Teaching,
+        winner: int | None = None,
+        pruned: Node | None = None,
+    ) -> StageNodes:
+        """The nodes of one child; pruned: what its student starts as, if that is there already."""
+        importance = None
+        if stage.student is Student.PRUNED and not pruned:
+            importance = self.importance(stage, plan, start)
+        candidates = []
+        for shape in plan.candidates:
+            student = pruned or self.student(stage, shape, start, importance)
+            legs = self.legs(stage, shape, student, teaching, len(plan.candidates))
+            candidates.append(Candidate(shape, student, legs))
+        chosen = candidates[winner or 0]
+        section = self.training(stage, chosen.architecture, teaching)
+        inputs = self.taught(chosen.pruned, chosen.legs, teaching)
+        distilled = self.nodes.node(Kind.DISTILLED, stage.name, section, inputs)
+        inputs = {"pruned": chosen.pruned, "distilled": distilled, **self.measured}
+        return StageNodes(
+            stage,
+            tuple(candidates),
+            plan.runners_up,
+            winner or 0,
+            len(candidates) > 1 and winner is None,
+            importance,
+            teaching,
+            distilled,
+            self.nodes.node(Kind.EVALUATED, stage.name, held_out_section(self.recipe), inputs),
+        )
+
+    def control(self, control: Control, child: StageNodes, first: Start, before: Start) -> StageNodes:
+        """A control of the last child; first: where the family starts; before: where that child does."""
+        stage = control_stage(self.recipe, control)
+        start = before if control in (Control.CE_ONLY, Control.RANDOM_PRUNE) else first
+        teaching, pruned = Teaching(), None
+        if control is Control.CE_ONLY:
+            pruned = child.pruned
+        else:
+            previous = (before.seed, before.shape)
+            teaching = self.faculty.of(len(self.recipe.stages) - 1, previous, stage.distill.tokens)
+        plan = StagePlan((child.architecture,), ())
+        return replace(self.stage(stage, plan, start, teaching, pruned=pruned), control=control)
+
+    def importance(self, stage: Stage, plan: StagePlan, start: Start) -> Node:
+        """One calibration for all candidates."""
+        section = importance_section(self.recipe, stage, start.shape, plan.candidates)
+        inputs = {"checkpoint": start.seed, "corpus": self.measured["corpus"]}
+        return self.nodes.node(Kind.IMPORTANCE, stage.name, section, inputs)
+
+    def student(self, stage: Stage, shape: Architecture, start: Start, importance: Node | None) -> Node:
+        """What the student starts as: a cut, a given checkpoint, or random weights."""
+        if stage.checkpoint:
+            return given_node(self.nodes, stage.name, self.faculty.given[stage.checkpoint])
+        if importance is None:
+            section = {"architecture": shape.record(), "seed": self.recipe.seed}
+            return self.nodes.node(Kind.INITIALISED, stage.name, section, {"checkpoint": start.base})
+        section = pruning_section(stage, start.shape, shape)
+        inputs = {"checkpoint": start.seed, "importance": importance}
+        if "calibration_tokens" in section:
+            inputs["corpus"] = self.measured["corpus"]
+        return self.nodes.node(Kind.PRUNED, stage.name, section, inputs)
+
+    def legs(
+        self, stage: Stage, shape: Architecture, student: Node, teaching: Teaching, racing: int
+    ) -> tuple[Node, ...]:
+        """The legs of a candidate's training, each going on from the last; none without a race."""
+        legs: tuple[Node, ...] = ()
+        for part in legs_of(racing, steps_of(self.recipe, stage, shape), f"stage {stage.name}"):
+            section = self.training(stage, shape, teaching) | {"part": part} | held_out_section(self.recipe)
+            inputs = self.taught(student, legs, teaching)
+            legs += (self.nodes.node(Kind.RACED, stage.name, section, inputs),)
+        return legs
+
+    def training(self, stage: Stage, shape: Architecture, teaching: Teaching) -> Section:
+        """The section of a training node."""
+        weights: Section = {"weights": list(teaching.weights)} if teaching.weights else {}
+        return {
+            "distill": training_section(self.recipe, stage, shape),
+            "seed": self.recipe.seed,
+            **weights,
+        }
+
+    def taught(self, student: Node, legs: tuple[Node, ...], teaching: Teaching) -> dict[str, Node]:
+        """The inputs of a training node."""
+        start = {"raced": legs[-1]} if legs else {}
+        return {"student": student, **start, "corpus": self.measured["corpus"], **teaching.inputs}
 
 
 # The last leg of a race ends here: Minitron saw rankings settle within 200 of its 400 steps (2407.14679,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -36,28 +37,51 @@ CORRECTIONS = 5
 
 @dataclass(frozen=True)
 class FamilyPlanner:
-    """Plans every stage of a recipe. decoder: the parent's. latency_folder: where measurements are kept."""
+    """Plans every stage of a recipe.
+
+    decoder: of the model that stages are cut from, at first the parent. latency_folder: where measurements
+    are kept. given: planners of students that are given, by their checkpoint; what follows is cut from them.
+    original: the parent's shape, which ratios are shares of; by default the decoder's.
+    """
 
     recipe: Recipe
     decoder: Decoder
     proof: Proof
     latency_folder: Path
+    given: Mapping[str, FamilyPlanner] = field(default_factory=dict)
+    original: Architecture | None = None
 
     def __call__(self, winners: dict[str, int]) -> tuple[StagePlan, ...]:
         """The candidates of every stage, each no larger than the winner of the stage before on any axis.
 
         winners: by stage, of races that are over; an open one is taken to be won by its first candidate.
         """
-        seed, plans = self.decoder.architecture, []
+        planner, seed, plans = self, self.decoder.architecture, []
         for stage in self.recipe.stages:
             try:
-                plan = self.stage(stage.prune, seed)
+                if stage.checkpoint:
+                    planner = self.given[stage.checkpoint]
+                    plan = StagePlan((planner.as_given(stage.checkpoint),), ())
+                else:
+                    plan = planner.stage(stage.prune, seed)
             except InputError as error:
                 error.where = f"stage {stage.name}, {error.where}"
                 raise
             plans.append(plan)
             seed = plan.candidates[winners.get(stage.name, 0)]
         return tuple(plans)
+
+    def as_given(self, checkpoint: str) -> Architecture:
+        """The shape of a student that is taught as it is; raises InputError if it is no smaller."""
+        shape, original = self.decoder.architecture, self.original or self.decoder.architecture
+        if shape.parameters < original.parameters:
+            return shape
+        raise InputError(
+            f"a given student must be smaller than the parent, which has {original.parameters:,} parameters",
+            value=f"{checkpoint}: {shape.parameters:,} parameters",
+            where="checkpoint",
+            remedy="give a smaller checkpoint, or make this model the parent",
+        )
 
     def stage(self, prune: Prune, seed: Architecture) -> StagePlan:
         """The candidates of one stage, and the shapes ranked after them."""
@@ -89,7 +113,7 @@ class FamilyPlanner:
         if prune.parameters:
             return parameter_budget(prune.parameters)
         if prune.ratio:
-            return ratio_budget(self.decoder.architecture, prune.ratio)
+            return ratio_budget(self.original or self.decoder.architecture, prune.ratio)
         if prune.memory:
             return memory_budget(prune.memory, prune.memory_context, prune.memory_precision.bytes)
         rates = self.latency.rates(self.decoder.architecture)

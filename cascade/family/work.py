@@ -19,7 +19,11 @@ from cascade.data import corpus as corpora
 from cascade.data.corpus import Corpus, require_tokens
 from cascade.data.packing import pack
 from cascade.data.sources import Source, documents, fingerprint
+from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
+from cascade.distillation.lora import LowRank
+from cascade.distillation.mixture import MixedTeacher
+from cascade.distillation.objectives import Objective
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.distillation.signals import (
     FinishedShards,
@@ -37,20 +41,23 @@ from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
-from cascade.family.cost import evaluation_flops, importance_flops, training_flops
-from cascade.family.graph import Kind
+from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
+from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
-from cascade.family.workplace import Result, Workplace
+from cascade.family.students import make_initialised, make_parent, the_source
+from cascade.family.teachers import role
+from cascade.family.workplace import PassedTokens, Result, Workplace
 from cascade.importance.agreement import doubts
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
 from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
 from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
-from cascade.models.sources import ParentSource, load_model, load_tokenizer, resolve_parent
+from cascade.models.sources import load_tokenizer
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
+from cascade.roles import Correction
 from cascade.storage.artifacts import read_manifest, require_manifest
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
@@ -67,7 +74,7 @@ JUDGED_TOKENS = 16_384
 def make_corpus(place: Workplace) -> Result:
     """Documents to packed rows; too little text for a stage is an error before anything is stored."""
     section, hints = place.job.section, place.job.hints
-    tokenizer = load_tokenizer(the_parent(place, section["tokenizer"]))
+    tokenizer = load_tokenizer(the_source(place, section["tokenizer"]))
     sources = [Source(**source) for source in hints["sources"]]
     packed = pack(
         itertools.chain.from_iterable(documents(source) for source in sources),
@@ -97,31 +104,6 @@ def require_unchanged(sources: list[Source], planned: list[str]) -> None:
             )
 
 
-def make_parent(place: Workplace) -> Result:
-    """The parent as a plain Hugging Face folder in its own precision, whatever form it came in."""
-    source = the_parent(place, place.job.section["fingerprint"])
-    model = load_model(source)
-    architecture = decoder_of(model).architecture
-    save_model(model, load_tokenizer(source), place.folder)
-    return Result({"parameters": architecture.parameters, "architecture": architecture.record()})
-
-
-def the_parent(place: Workplace, fingerprint: str) -> ParentSource:
-    """The parent that was planned; raises InputError when its content has changed since."""
-    options = place.job.options
-    source = resolve_parent(
-        place.job.hints["parent"], trust_remote_code=options.trust_remote_code, cache=place.cache
-    )
-    if source.fingerprint != fingerprint:
-        raise InputError(
-            "the parent changed after the family was planned",
-            value=source.fingerprint[:12],
-            where=source.reference,
-            remedy="run the command again; it plans with the parent as it is now",
-        )
-    return source
-
-
 def make_signals(place: Workplace) -> Result:
     """The teacher's one forward pass for the whole family; shards that an earlier try finished are kept."""
     corpus, section = place.corpus(), place.job.section
@@ -141,7 +123,7 @@ def make_signals(place: Workplace) -> Result:
     )
     tokens = (rows + held_out) * corpus.sequence_length
     flops = tokens * shape.forward_flops(corpus.sequence_length)
-    return Result(facts, tokens, flops, after_publish=finished.delete)
+    return Result(facts, tokens, flops, teacher_flops=flops, after_publish=finished.delete)
 
 
 def signal_rows(corpus: Corpus, tokens: int) -> int:
@@ -193,29 +175,37 @@ def make_pruned(place: Workplace) -> Result:
         for doubt in doubts(measured.facts["agreement"], measured.tokens, scoring, axes):
             place.report.log(f"warning: {doubt}")
     surgery = Surgery(section["rotate"], Repair(section["repair"]))
-    child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=place.report)
+    passed = PassedTokens(place.report)
+    child, kept = prune(model, target, scores, surgery=surgery, rows=rows, report=passed)
     save_model(child, load_folder_tokenizer(folder, trust), place.folder)
-    return Result({"parameters": target.parameters, "kept": kept})
+    flops = passed.tokens * body_flops(source, place.corpus().sequence_length) if passed.tokens else 0
+    return Result({"parameters": target.parameters, "kept": kept}, passed.tokens, flops)
 
 
-def train(place: Workplace, leg: Leg) -> Trained:
-    """The job's training, or a leg of it."""
-    corpus, folder = place.corpus(), place.input("student")
-    trust = place.job.options.trust_remote_code
-    student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
+def settings_of(section: Section) -> DistillSettings:
+    """What `DistillSettings.record` made of the settings, after its way through JSON."""
+    record = section["distill"]
+    return DistillSettings(**{**record, "objective": Objective(record["objective"])})
+
+
+def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:
+    """The job's training, or a leg of it; student: the input of that name unless it is given."""
+    corpus, trust = place.corpus(), place.job.options.trust_remote_code
+    if student is None:
+        student = load_folder(place.input("student"), torch.float32, place.device, trust_remote_code=trust)
     checkpoints = TrainingCheckpoints(place.job.training)
     before = 0
     if "raced" in place.job.inputs:
         raced = place.input("raced")
         leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
-    teacher, parent = the_teacher(place, corpus)
+    taught = the_teachers(place, corpus, head_of(student).vocabulary)
     with place.stop.cooperative():
         steps = distill(
             student,
-            teacher,
+            taught.teacher,
             corpus,
-            settings=DistillSettings(**place.job.section["distill"]),
+            settings=settings_of(place.job.section),
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
@@ -224,22 +214,35 @@ def train(place: Workplace, leg: Leg) -> Trained:
         )
     lines = [json.dumps(asdict(step)) for step in steps]
     (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stored, whole = "signals" in place.job.inputs, taught_whole(teacher)
-    flops = training_flops(shape_of(student), parent, corpus.sequence_length, stored, whole)
-    return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, flops, checkpoints)
+    return Trained(student, taught, corpus, steps, steps[-1].tokens - before, checkpoints)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's end. steps: with those of legs before; tokens: of this one; flops: of a token."""
+    """A training's end. steps: with those of legs before; tokens: of this one."""
 
     student: PreTrainedModel
-    teacher: Teacher
+    taught: Taught
     corpus: Corpus
     steps: list[StepRecord]
     tokens: int
-    flops: int
     checkpoints: TrainingCheckpoints
+
+    def result(self, facts: dict[str, Any]) -> Result:
+        """What the node leaves: this training's tokens and FLOPs, and no snapshots."""
+        own = student_flops(shape_of(self.student), self.corpus.sequence_length)
+        return Result(
+            facts,
+            self.tokens,
+            self.tokens * (own + self.taught.flops),
+            teacher_flops=self.tokens * self.taught.flops,
+            after_publish=self.checkpoints.delete,
+        )
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """The first and the last step, as facts."""
+        return {"first": asdict(self.steps[0]), "last": asdict(self.steps[-1])}
 
 
 def make_raced(place: Workplace) -> Result:
@@ -248,12 +251,15 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    settings = DistillSettings(**section["distill"])
-    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(done.teacher))
-    metrics = evaluate(done.student, done.teacher, done.corpus, rows, part=part, report=place.report)
+    settings, teacher = settings_of(section), done.taught.teacher
+    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
+    metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
-    facts = {"end": {"tokens": done.steps[-1].tokens, **end_figures}}
-    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
+    result = done.result({"end": {"tokens": done.steps[-1].tokens, **end_figures}})
+    judged = len(rows) * done.corpus.sequence_length
+    asked = judged * done.taught.measured_flops
+    own = judged * shape_of(done.student).forward_flops(done.corpus.sequence_length)
+    return replace(result, flops=result.flops + own + asked, teacher_flops=result.teacher_flops + asked)
 
 
 def taught_whole(teacher: Teacher) -> bool:
@@ -284,12 +290,27 @@ def make_distilled(place: Workplace) -> Result:
     folder, trust = place.input("student"), place.job.options.trust_remote_code
     done = train(place, WHOLE)
     save_model(done.student, load_folder_tokenizer(folder, trust), place.folder)
-    facts = {
-        "first": asdict(done.steps[0]),
-        "last": asdict(done.steps[-1]),
-        "gate": gate(place.folder, shape_of(done.student).parameters),
-    }
-    return Result(facts, done.tokens, done.tokens * done.flops, after_publish=done.checkpoints.delete)
+    return done.result({**done.ends, "gate": gate(place.folder, shape_of(done.student).parameters)})
+
+
+def make_corrected(place: Workplace) -> Result:
+    """Fine-tune a teacher on the corpus; what LoRA adds is merged, so that it is a model like any other."""
+    folder, trust, section = place.input("student"), place.job.options.trust_remote_code, place.job.section
+    teacher = load_folder(folder, torch.float32, place.device, trust_remote_code=trust)
+    shape, lora = shape_of(teacher), Correction(section["correction"]) is Correction.LORA
+    additions = LowRank(teacher, section["seed"]) if lora else None
+    done = train(place, WHOLE, teacher)
+    if additions:
+        teacher = additions.merged()
+    save_model(teacher, load_folder_tokenizer(folder, trust), place.folder)
+    flops = done.tokens * student_flops(shape, done.corpus.sequence_length, frozen=lora)
+    return Result(
+        {**done.ends, "gate": gate(place.folder, shape.parameters)},
+        done.tokens,
+        flops,
+        teacher_flops=flops,
+        after_publish=done.checkpoints.delete,
+    )
 
 
 def make_evaluated(place: Workplace) -> Result:
@@ -299,15 +320,15 @@ def make_evaluated(place: Workplace) -> Result:
     teacher, parent = the_teacher(place, corpus)
     names = ["pruned", "distilled"] if "distilled" in place.job.inputs else ["parent"]
     facts: dict[str, Any] = {}
-    flops, tokens = 0, rows * corpus.sequence_length
+    flops, length = 0, corpus.sequence_length
+    tokens = rows * length
     for name in names:
         model = read_only(place, name)
         facts[name] = asdict(evaluate(model, teacher, corpus, range(rows), report=place.report))
-        flops += tokens * evaluation_flops(
-            shape_of(model), parent, corpus.sequence_length, "signals" in place.job.inputs
-        )
+        flops += tokens * shape_of(model).forward_flops(length)
     (place.folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return Result(facts, tokens * len(names), flops)
+    parents = tokens * len(names) * teacher_flops(parent, length, "signals" in place.job.inputs)
+    return Result(facts, tokens * len(names), flops + parents, teacher_flops=parents)
 
 
 def held_out_rows(corpus: Corpus, tokens: int) -> int:
@@ -315,25 +336,53 @@ def held_out_rows(corpus: Corpus, tokens: int) -> int:
     return min(rows_of(tokens, corpus.sequence_length), len(corpus.held_out))
 
 
-def the_teacher(place: Workplace, corpus: Corpus) -> tuple[Teacher, Architecture]:
-    """The parent, from its stored signals where the family has them, and its architecture."""
-    model = read_only(place, "parent")
-    if "signals" not in place.job.inputs:
-        return OnlineTeacher(model, corpus), shape_of(model)
-    return StoredTeacher(signal_shards(place, corpus), head_of(model), corpus.identity), shape_of(model)
+def the_teacher(
+    place: Workplace, corpus: Corpus, model: str = "parent", signals: str = "signals"
+) -> tuple[Teacher, Architecture]:
+    """A model among the inputs, from its stored signals where there are any, and its architecture."""
+    found = read_only(place, model)
+    if signals not in place.job.inputs:
+        return OnlineTeacher(found, corpus), shape_of(found)
+    shards = signal_shards(place, corpus, signals)
+    return StoredTeacher(shards, head_of(found), corpus.identity), shape_of(found)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Who teaches. flops: that this takes for a token that is trained; measured_flops: for one measured."""
+
+    teacher: Teacher
+    flops: int = 0
+    measured_flops: int = 0
+
+
+def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
+    """Those among the job's inputs; without any, the corpus itself. vocabulary: of the student's LM head."""
+    weights, inputs = place.job.section.get("weights", [1.0]), place.job.inputs
+    names = ["parent"] if "parent" in inputs else [role("teacher", i) for i in range(len(weights))]
+    if names[0] not in inputs:
+        return Taught(CorpusTeacher(corpus, vocabulary))
+    teachers, flops, measured, length = [], 0, 0, corpus.sequence_length
+    for index, name in enumerate(names):
+        signals = role("signals", index)
+        teacher, shape = the_teacher(place, corpus, name, signals)
+        teachers.append(teacher)
+        flops += teacher_flops(shape, length, signals in inputs, taught_whole(teacher))
+        measured += teacher_flops(shape, length, signals in inputs)
+    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops, measured)
 
 
 # Signals up to this size stay in the cache folder for the stages that follow.
 KEPT_SIGNALS = 16 * 2**30
 
 
-def signal_shards(place: Workplace, corpus: Corpus) -> ReadAhead:
+def signal_shards(place: Workplace, corpus: Corpus, signals: str) -> ReadAhead:
     """The stored signals, of which a thread brings what the job will ask for before it does.
 
     Of an epoch in stored order only the shards at hand are kept, unless all are few; later epochs are
     permuted and need all of them.
     """
-    location = open_location(place.job.inputs["signals"]["uri"])
+    location = open_location(place.job.inputs[signals]["uri"])
     manifest = require_manifest(location)
     tokens = place.job.section.get("distill", {}).get("tokens", 0)
     rows = signal_rows(corpus, tokens)
@@ -360,9 +409,12 @@ def shape_of(model: PreTrainedModel) -> Architecture:
 WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.CORPUS: make_corpus,
     Kind.PARENT: make_parent,
+    Kind.GIVEN: make_parent,
+    Kind.CORRECTED: make_corrected,
     Kind.SIGNALS: make_signals,
     Kind.IMPORTANCE: make_importance,
     Kind.PRUNED: make_pruned,
+    Kind.INITIALISED: make_initialised,
     Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
     Kind.EVALUATED: make_evaluated,

@@ -17,6 +17,7 @@ import torch
 
 from cascade.data.corpus import Corpus
 from cascade.family.job import Job, JsonReport, StopSignal
+from cascade.report import Report
 from cascade.storage.artifacts import fetch
 from cascade.storage.locations import open_location
 from cascade.storage.manifest import Draft, InputRecord
@@ -32,13 +33,14 @@ def nothing() -> None:
 class Result:
     """What a node found out, besides its files.
 
-    facts: JSON. tokens: processed or trained. flops: analytic, of the whole node. after_publish: what
-    may only happen once the artifact exists.
+    facts: JSON. tokens: processed or trained. flops: analytic, of the whole node. teacher_flops: those of
+    them that teachers took. after_publish: what may only happen once the artifact exists.
     """
 
     facts: dict[str, Any]
     tokens: int = 0
     flops: int = 0
+    teacher_flops: int = 0
     after_publish: Callable[[], None] = field(default=nothing)
 
 
@@ -100,10 +102,29 @@ class Workplace:
             hardware=hardware(self.device),
             tokens=result.tokens,
             flops=result.flops,
+            teacher_flops=result.teacher_flops,
             seconds=round(seconds, 3),
             facts=result.facts,
             run=job.options.run,
         )
+
+
+@dataclass
+class PassedTokens:
+    """A report that also counts the tokens of passes that have come to their end."""
+
+    report: Report
+    tokens: int = 0
+
+    def log(self, message: str) -> None:
+        """One line for a person."""
+        self.report.log(message)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """Of a pass, whose last report says that all is done."""
+        self.report.progress(done, total, unit, **figures)
+        if unit == "tokens" and done == total:
+            self.tokens += total
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:

@@ -12,7 +12,7 @@ from cascade.errors import CascadeError, IntegrityError
 from cascade.storage.locations import Location, is_inside
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Part of every key. Raise it when the same spec and inputs now give another result.
 CODE_SCHEMA = 1
 
@@ -50,7 +50,8 @@ class Draft(BaseModel):
 
     kind, family, stage: its place in the graph (stage is "parent" for shared kinds). inputs: lineage, by
     role. spec: the recipe section that made it. versions: library -> version. hardware: what it ran on.
-    tokens: tokens processed. flops: floating-point operations of the whole node. seconds: wall clock.
+    tokens: tokens processed. flops: floating-point operations of the whole node. teacher_flops: those of them
+    that teachers took (none counted before schema version 2). seconds: wall clock.
     facts: results that depend on the kind (JSON). run: the run that made it.
     """
 
@@ -67,6 +68,7 @@ class Draft(BaseModel):
     hardware: dict[str, str | int] = {}
     tokens: int = Field(default=0, ge=0)
     flops: int = Field(default=0, ge=0)
+    teacher_flops: int = Field(default=0, ge=0)
     seconds: float = Field(default=0.0, ge=0)
     facts: dict[str, Any] = {}
     run: str = ""

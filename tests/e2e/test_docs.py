@@ -14,6 +14,7 @@ import yaml
 
 from cascade.dials import Prune
 from cascade.recipe import Stage, Teacher, load_recipe, validate_recipe
+from cascade.roles import Policy
 from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
@@ -25,6 +26,7 @@ ELSEWHERE = {
     "make test-full": "the rest of the tests",
     "make bench": "by whoever publishes the figures: it takes minutes",
     "pip install .": "test_the_wheel_holds_what_the_command_needs",
+    "cascade pilot A.yaml B.yaml --tokens 50k": "tests/e2e/test_pilot.py",
     "prefect server start": "the fixture prefect_server",
     "prefect work-pool create cascade --type process": "tests/flows/test_deployment.py",
     "prefect deploy --prefect-file deploy/prefect.yaml --all": "tests/flows/test_deployment.py",
@@ -60,16 +62,28 @@ def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
 def test_every_piece_of_a_recipe_in_the_readme_is_one() -> None:
     """A list holds stages; a line of its own is a section of a recipe or of a stage."""
     _, *pieces = blocks("yaml")
-    sections = {"prune": Prune, "teacher": Teacher}
+    sections: dict[str, type[Prune | Teacher]] = {"prune": Prune, "teacher": Teacher}
     seen: set[str] = set()
     for piece in pieces:
         if piece.startswith("- "):
-            seen |= {Stage.model_validate(stage).name for stage in yaml.safe_load(piece)}
+            stages = [Stage.model_validate(stage) for stage in yaml.safe_load(piece)]
+            seen |= {f"student.{stage.student}" for stage in stages}
             continue
         for line in piece.splitlines():
             ((name, tree),) = yaml.safe_load(line).items()
-            seen |= {f"{name}.{field}" for field in sections[name].model_validate(tree).model_fields_set}
-    assert {"prune.ratio", "prune.shape", "prune.latency", "teacher.signals", "teacher.token_bytes"} <= seen
+            given = sections[name].model_validate(tree)
+            seen |= {f"{name}.{field}" for field in given.model_fields_set}
+            seen |= {f"policy.{given.policy}"} if isinstance(given, Teacher) else set()
+    assert {f"policy.{policy}" for policy in Policy} <= seen
+    assert {
+        "student.given",
+        "student.scratch",
+        "prune.ratio",
+        "prune.shape",
+        "prune.latency",
+        "teacher.signals",
+        "teacher.token_bytes",
+    } <= seen
 
 
 def test_every_command_is_either_run_here_or_named_as_run_elsewhere(

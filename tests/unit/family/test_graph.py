@@ -10,7 +10,8 @@ import pytest
 
 from cascade.errors import InputError
 from cascade.family.graph import Graph, Kind, Node, StagePlan
-from cascade.family.layout import Parent, build_graph, legs_of
+from cascade.family.layout import build_graph, legs_of
+from cascade.family.teachers import Parent
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
 from tests.tiny_family import tiny_tree

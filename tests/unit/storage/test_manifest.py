@@ -53,7 +53,7 @@ def test_damage_is_named_with_its_place(data: bytes) -> None:
 def test_a_newer_schema_names_both_versions(draft: Draft) -> None:
     content = json.loads(encode_manifest(finished(draft)))
     content |= {"schema_version": 7, "something": "new"}
-    with pytest.raises(IntegrityError, match=r"schema version 7; this cascade reads up to 1"):
+    with pytest.raises(IntegrityError, match=r"schema version 7; this cascade reads up to 2"):
         parse_manifest(json.dumps(content).encode(), "here")
 
 
