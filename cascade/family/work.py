@@ -47,7 +47,7 @@ from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
 from cascade.family.teachers import role
 from cascade.family.workplace import PassedTokens, Result, Workplace
-from cascade.importance.agreement import doubts
+from cascade.importance.agreement import doubts, layer_doubts
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
 from cascade.importance.scoring import scores_of
@@ -168,11 +168,13 @@ def make_pruned(place: Workplace) -> Result:
     model = load_folder(folder, device=device, trust_remote_code=trust)
     statistics = load_file(place.input("importance") / SCORES)
     source, scoring = shape_of(model), read_scoring(section["scoring"])
-    scores = scores_of(statistics, scoring, source.layers - target.layers)
+    dropped = source.layers - target.layers
+    scores = scores_of(statistics, scoring, dropped)
     measured = read_manifest(open_location(place.job.inputs["importance"]["uri"]))
     if measured:
         axes = [axis for axis in Axis if axis.size(target) < axis.size(source)]
-        for doubt in doubts(measured.facts["agreement"], measured.tokens, scoring, axes):
+        found = doubts(measured.facts["agreement"], measured.tokens, scoring, axes)
+        for doubt in [*found, *layer_doubts(statistics, measured.tokens, scoring, dropped)]:
             place.report.log(f"warning: {doubt}")
     surgery = Surgery(section["rotate"], Repair(section["repair"]))
     passed = PassedTokens(place.report)

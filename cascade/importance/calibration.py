@@ -66,6 +66,7 @@ def calibrate(
       layer i with that before layer j, as if layers i..j-1 were dropped; NaN elsewhere;
     - layers.perplexity, layers.logit_mse [L+1, L+1]: the same from really dropping them, for the block
       lengths in `drops` (`Scoring.drops` says which are needed);
+    - each of these as layers.S.halves [2, L+1, L+1] of the even and of the odd rows, where there are both;
     - hidden.A [D], ffn.A [L, F], kv_groups.A [L, G], heads_per_group.A [L, G, q] for every `Aggregation` A;
     - with experts experts.probability [L, E], and ffn.A [L, E, F].
 
@@ -84,11 +85,11 @@ def calibrate(
         for batch_BT in rows.split(1 if decoder.anatomy.router else batch):
             ids_BT = batch_BT.long().to(model.device)
             measure(decoder, ids_BT, done, streams, probes)
-            dropped.add(ids_BT)
+            dropped.add(ids_BT, done)
             done += len(batch_BT)
             report.progress(done * length, rows.numel(), "tokens")
     tallies = [tally for probe in probes for tally in probe.tallies]
-    found = streams.statistics(rows.numel()) | dropped.statistics(done, length)
+    found = streams.statistics(length) | dropped.statistics(length)
     for tally in tallies:
         found |= tally.statistics(length)
     stored = {name: values.float().cpu().contiguous() for name, values in found.items()}
@@ -110,7 +111,7 @@ def measure(decoder: Decoder, ids_BT: Tensor, first: int, streams: Streams, prob
         tally.begin(first, len(ids_BT))
     with attached([streams, *probes]):
         decoder.model.base_model(input_ids=ids_BT, use_cache=False)
-    streams.end()
+    streams.end(first)
     require_finite(streams, decoder)
     for tally in tallies:
         tally.end()

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from cascade.errors import InputError
 from cascade.importance.method import LayerScore
-from cascade.importance.streams import Streams, layer_key
+from cascade.importance.streams import Streams, with_halves
+from cascade.importance.tallies import HALVES
 from cascade.models.decoder import Decoder
 
 MOST_LOGITS = 2**27
@@ -33,29 +34,32 @@ class DropProbe:
         self.model, self.layers, self.streams = decoder.model, decoder.layers, streams
         places = len(self.layers) + 1
         self.blocks = [(i, i + length) for length in sorted(set(lengths)) for i in range(places - length)]
-        self.rises = torch.full((places, places), torch.nan, dtype=torch.float64, device=decoder.model.device)
+        shape, device = (len(HALVES), places, places), decoder.model.device
+        self.rises = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         for i, j in self.blocks:
-            self.rises[i, j] = 0
+            self.rises[:, i, j] = 0
         self.squares = self.rises.clone()
 
-    def add(self, rows_BT: Tensor) -> None:
-        """The batch that the streams remember; rows_BT: its token ids, int64."""
+    def add(self, rows_BT: Tensor, first: int) -> None:
+        """The batch that the streams remember, of token ids int64; first: the number of its first row."""
         if not self.blocks:
             return
         at_once = max(
             1, MOST_LOGITS // (rows_BT.shape[1] * self.model.get_output_embeddings().weight.shape[0])
         )
-        for first in range(0, len(rows_BT), at_once):
-            self._add_rows(rows_BT[first : first + at_once], slice(first, first + at_once))
+        for start in range(0, len(rows_BT), at_once):
+            own = slice(start, start + at_once)
+            halves_B = torch.arange(first + start, first + start + len(rows_BT[own])) % len(HALVES)
+            self._add_rows(rows_BT[own], self.streams.states[:, own], halves_B.to(rows_BT.device))
 
-    def _add_rows(self, rows_BT: Tensor, own: slice) -> None:
-        states = self.streams.states[:, own]
+    def _add_rows(self, rows_BT: Tensor, states: Tensor, halves_B: Tensor) -> None:
         whole_BTV = self._logits(rows_BT, states[-1], len(self.layers))
-        whole = summed_cross_entropy(whole_BTV, rows_BT)
+        whole_B = summed_cross_entropy(whole_BTV, rows_BT)
         for i, j in self.blocks:
             logits_BTV = self._logits(rows_BT, states[i], j)
-            self.rises[i, j] += summed_cross_entropy(logits_BTV, rows_BT) - whole
-            self.squares[i, j] += functional.mse_loss(logits_BTV, whole_BTV).double() * rows_BT.numel()
+            rises_B = summed_cross_entropy(logits_BTV, rows_BT) - whole_B
+            self.rises[:, i, j].index_add_(0, halves_B, rises_B)
+            self.squares[:, i, j].index_add_(0, halves_B, summed_squares(logits_BTV, whole_BTV))
 
     def _logits(self, rows_BT: Tensor, stream_BTD: Tensor, place: int) -> Tensor:
         """Logits [B, T, V] in float32 of the layers from `place` on, which get `stream_BTD`."""
@@ -63,19 +67,18 @@ class DropProbe:
             logits: Tensor = self.model(input_ids=rows_BT, use_cache=False).logits
         return logits.float()
 
-    def statistics(self, rows: int, length: int) -> dict[str, Tensor]:
-        """Matrices [L+1, L+1] as of `Streams`, NaN where nothing was asked for.
+    def statistics(self, length: int) -> dict[str, Tensor]:
+        """Matrices [L+1, L+1], also by halves, as of `Streams`; NaN where nothing was asked for.
 
         Raises InputError where what was asked for is not finite.
         """
         if not self.blocks:
             return {}
-        found = {
-            layer_key(LayerScore.PERPLEXITY): self.rises / (rows * (length - 1)),
-            layer_key(LayerScore.LOGIT_MSE): self.squares / (rows * length),
-        }
+        rows = self.streams.counted
+        rises = with_halves(LayerScore.PERPLEXITY, self.rises, rows, length - 1)
+        found = rises | with_halves(LayerScore.LOGIT_MSE, self.squares, rows, length)
         for i, j in self.blocks:
-            if not all(matrix[i, j].isfinite() for matrix in found.values()):
+            if not all(matrix[..., i, j].isfinite().all() for matrix in found.values()):
                 raise InputError(
                     "the logits without some layers are not finite",
                     value=f"layers {i} to {j - 1} of {len(self.layers)} dropped, {self.model.dtype}",
@@ -86,10 +89,16 @@ class DropProbe:
 
 
 def summed_cross_entropy(logits_BTV: Tensor, rows_BT: Tensor) -> Tensor:
-    """Of the tokens after the first of every row, in nats: float64 []."""
+    """Of the tokens after the first of every row, in nats: float64 [B]."""
     rows = zip(logits_BTV, rows_BT, strict=True)
     sums = [functional.cross_entropy(logits[:-1], ids[1:], reduction="sum") for logits, ids in rows]
-    return torch.stack(sums).double().sum()
+    return torch.stack(sums).double()
+
+
+def summed_squares(logits_BTV: Tensor, whole_BTV: Tensor) -> Tensor:
+    """Over a row's tokens, the mean squared difference over the vocabulary: float64 [B]."""
+    means = [functional.mse_loss(*row) for row in zip(logits_BTV, whole_BTV, strict=True)]
+    return torch.stack(means).double() * whole_BTV.shape[1]
 
 
 @contextmanager

@@ -36,6 +36,10 @@ class ExpertTally(Tally):
         seen_LE1 = {name: values.any(-1, keepdim=True) for name, values in found.items()}
         return {name: torch.where(seen_LE1[name], found[name], self.weights_LEF) for name in found}
 
+    def reached(self) -> Tensor:
+        """Experts that got a token, [L, E]."""
+        return self._shaped(self.sums[0].sum(0)).any(-1)
+
 
 class ExpertFfnProbe(TorchFunctionMode):
     """Each neuron's product act(gate) * up in every expert, 0 for tokens that go elsewhere: [L, E, F].

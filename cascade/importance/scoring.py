@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cascade.errors import InputError
-from cascade.importance.agreement import width_key
 from cascade.importance.method import Scoring
 from cascade.importance.streams import layer_key
 from cascade.planning.axes import Axis
@@ -57,6 +56,11 @@ def layer_scores(statistics: Mapping[str, Tensor], scoring: Scoring, dropped: in
     result = torch.ones(layers)
     result[start : start + dropped] = 0
     return result
+
+
+def width_key(axis: Axis, scoring: Scoring) -> str:
+    """The name of the statistic that decides on an axis other than the layers."""
+    return f"{axis}.probability" if axis is Axis.EXPERTS else f"{axis}.{scoring.aggregation}"
 
 
 def measured(statistics: Mapping[str, Tensor], key: str) -> Tensor:

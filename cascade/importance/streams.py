@@ -5,7 +5,7 @@ Legend: B rows in a batch, T tokens, L layers, D hidden; a place is before layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cascade.importance.method import LayerScore
+from cascade.importance.tallies import HALVES
 from cascade.models.decoder import Decoder
 
 Inputs = tuple[Tensor, ...]
@@ -31,11 +32,13 @@ class Streams:
     def __init__(self, decoder: Decoder) -> None:
         self.layers, self.device = decoder.layers, decoder.model.device
         places = len(self.layers) + 1
-        self.cosines = torch.zeros(places, places, dtype=torch.float64, device=self.device)
+        self.cosines = torch.zeros(len(HALVES), places, places, dtype=torch.float64, device=self.device)
         self.ratios = torch.zeros_like(self.cosines)
         self.finite = torch.ones(places, dtype=torch.bool, device=self.device)
         self.memory = torch.empty(0)
         self.rows = 0
+        self.counted = [0, 0]
+        """Rows in each half, the even and the odd ones."""
         self.outputs = 0
         """How many outputs a layer has as a tuple, 0 where it is the stream itself."""
 
@@ -70,9 +73,12 @@ class Streams:
                 self.memory = torch.empty(shape, dtype=values_BTD.dtype, device=self.device)
         self.memory[place, : self.rows] = values_BTD
 
-    def end(self) -> None:
-        """Add the batch to the sums, row by row in float32: one product of all places with all others."""
+    def end(self, first: int) -> None:
+        """Add the batch, whose first row is number `first` of all, to the sums of each row's half: row by row
+        in float32, one product of all places with all others."""
         for row in range(self.rows):
+            half = (first + row) % len(HALVES)
+            self.counted[half] += 1
             states_TLD = self.memory[:, row].float().transpose(0, 1)
             dots_TLL = torch.bmm(states_TLD, states_TLD.mT)
             norms_TL = dots_TLL.diagonal(dim1=1, dim2=2).sqrt()
@@ -80,25 +86,41 @@ class Streams:
             # A token whose stream is all zero has no direction and no ratio; it must not make NaN of a sum.
             inverse_TL = torch.where(norms_TL > torch.finfo(torch.float32).tiny, 1 / norms_TL, 0.0)
             cosines_TLL = dots_TLL.mul_(inverse_TL[:, :, None]).mul_(inverse_TL[:, None, :])
-            self.cosines += cosines_TLL.sum(0)
-            self.ratios += inverse_TL.double().T @ norms_TL.double()
+            self.cosines[half] += cosines_TLL.sum(0)
+            self.ratios[half] += inverse_TL.double().T @ norms_TL.double()
 
     def first_broken(self) -> int | None:
         """The first place that was not finite: 0 the embeddings, i the output of layer i - 1."""
         broken = (~self.finite).nonzero()
         return int(broken[0]) if len(broken) else None
 
-    def statistics(self, tokens: int) -> dict[str, Tensor]:
-        """Matrices [L+1, L+1] whose entry (i, j), i < j, is about dropping layers i..j-1; NaN elsewhere."""
-        return {
-            layer_key(LayerScore.BLOCK_INFLUENCE): blocks_only(1 - self.cosines / tokens),
-            layer_key(LayerScore.NORM_RATIO): blocks_only(self.ratios / tokens),
-        }
+    def statistics(self, length: int) -> dict[str, Tensor]:
+        """Matrices [L+1, L+1] whose entry (i, j), i < j, is about dropping layers i..j-1; NaN elsewhere.
+        Also by halves, see `with_halves`; length: T, the tokens of a row."""
+        cosines = with_halves(LayerScore.BLOCK_INFLUENCE, self.cosines, self.counted, length)
+        ratios = with_halves(LayerScore.NORM_RATIO, self.ratios, self.counted, length)
+        influences = {name: 1 - mean for name, mean in cosines.items()}
+        return {name: blocks_only(matrix) for name, matrix in (influences | ratios).items()}
 
 
 def layer_key(score: LayerScore) -> str:
     """The name of a layer score's matrix among the statistics."""
     return f"layers.{score}"
+
+
+def halves_key(score: LayerScore) -> str:
+    """The name of a layer score's two matrices, of the even and of the odd rows."""
+    return f"{layer_key(score)}.halves"
+
+
+def with_halves(score: LayerScore, sums: Tensor, rows: Sequence[int], length: int) -> dict[str, Tensor]:
+    """Means of sums [2, ...] over the rows of each half, `length` values a row: [...] of all rows, and
+    [2, ...] of each half where both have rows."""
+    found = {layer_key(score): sums.sum(0) / (sum(rows) * length)}
+    if all(rows):
+        counts = torch.tensor(rows, dtype=sums.dtype, device=sums.device) * length
+        found[halves_key(score)] = sums / counts[:, None, None]
+    return found
 
 
 def blocks_only(pairs: Tensor) -> Tensor:

@@ -87,5 +87,9 @@ class Tally:
         }
         return {f"{self.axis}.{name}": self._shaped(values[kind]) for kind, name in self.names.items()}
 
+    def reached(self) -> Tensor | None:
+        """Which sets of units that are compared were measured at all, [...]; None for all of them."""
+        return None
+
     def _shaped(self, values_PX: Tensor) -> Tensor:
         return values_PX.sum(0) if self.pooled else values_PX.reshape(-1, *self.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,66 +12,8 @@ from transformers import PreTrainedModel
 from cascade.importance.agreement import agreement
 from cascade.importance.calibration import calibrate
 from cascade.importance.method import Aggregation
+from tests.numerics.dense import Dense, llama_of
 from tests.tiny import make_model
-
-
-@dataclass
-class Dense:
-    """All activations: streams [L+1][N,T,D], norms [2L+1][N,T,D], products [L][N,T,F], heads [L][N,T,H,h]."""
-
-    streams: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    products: list[Tensor] = field(default_factory=list)
-    heads: list[Tensor] = field(default_factory=list)
-
-
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """1910.07467, equation 4."""
-    return gain * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions (2104.09864, equation 34) in the half-split order of Llama, x [N,T,H,h]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = (torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency)[:, None, :]
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        [
-            first * angle.cos() - second * angle.sin(),
-            second * angle.cos() + first * angle.sin(),
-        ],
-        dim=-1,
-    )
-
-
-def dense_llama(model: PreTrainedModel, rows: Tensor, kept: Collection[int] | None = None) -> Dense:
-    """Run the Llama of `model` on all rows at once, with the layers of `kept` only."""
-    config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
-    seen, eps, size = Dense(), config.rms_norm_eps, config.head_dim
-    x = weights["model.embed_tokens.weight"][rows]
-    causal = torch.full((rows.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)
-    for layer in range(config.num_hidden_layers) if kept is None else kept:
-        w = {k.split(f"layers.{layer}.")[1]: v for k, v in weights.items() if f"layers.{layer}." in k}
-        seen.streams.append(x)
-        seen.norms.append(rms_norm(x, w["input_layernorm.weight"], eps))
-        q, k, v = (
-            (seen.norms[-1] @ w[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size))
-            for name in "qkv"
-        )
-        theta = config.rope_parameters["rope_theta"]
-        repeats = q.shape[2] // k.shape[2]
-        k, v = rotate(k, theta).repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-        scores = torch.einsum("nthc,nshc->nhts", rotate(q, theta), k) / size**0.5 + causal
-        seen.heads.append(torch.einsum("nhts,nshc->nthc", scores.softmax(-1), v))
-        x = x + seen.heads[-1].flatten(2) @ w["self_attn.o_proj.weight"].T
-        seen.norms.append(rms_norm(x, w["post_attention_layernorm.weight"], eps))
-        gate, up = (seen.norms[-1] @ w[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        seen.products.append(gate * gate.sigmoid() * up)
-        x = x + seen.products[-1] @ w["mlp.down_proj.weight"].T
-    seen.streams.append(x)
-    seen.norms.append(rms_norm(x, weights["model.norm.weight"], eps))
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +28,7 @@ def rows() -> Tensor:
 
 @pytest.fixture(scope="module")
 def dense(model: PreTrainedModel, rows: Tensor) -> Dense:
-    return dense_llama(model, rows.long())
+    return llama_of(model).run(rows)
 
 
 @pytest.fixture(scope="module")
@@ -142,25 +83,17 @@ def test_norm_ratio_is_the_mean_of_output_over_input(found: dict[str, Tensor], d
 
 
 def test_drops_are_what_a_model_without_the_layers_does(
-    found: dict[str, Tensor], model: PreTrainedModel, rows: Tensor, dense: Dense
+    found: dict[str, Tensor], model: PreTrainedModel, rows: Tensor
 ) -> None:
-    def logits(kept: Collection[int]) -> Tensor:
-        seen = dense_llama(model, rows.long(), kept)
-        return seen.norms[-1] @ model.get_output_embeddings().weight.double().T
-
-    def loss(values: Tensor) -> Tensor:
-        likely = values[:, :-1].log_softmax(-1).gather(-1, rows.long()[:, 1:, None])
-        return -likely.mean()
-
-    whole = logits(range(4))
-    without = {
-        (i, j): logits([k for k in range(4) if not i <= k < j]) for i in range(4) for j in range(i + 1, 5)
-    }
-    rises = pairs(lambda i, j: loss(without[i, j]) - loss(whole), (1, 2, 3))
+    llama = llama_of(model)
+    whole, blocks = llama.logits(rows), [(i, j) for i in range(4) for j in range(i + 1, 5)]
+    without = {(i, j): [k for k in range(4) if not i <= k < j] for i, j in blocks}
+    rises = pairs(lambda i, j: llama.loss(rows, without[i, j]) - llama.loss(rows), (1, 2, 3))
     torch.testing.assert_close(
         found["layers.perplexity"].double(), rises, rtol=1e-3, atol=1e-5, equal_nan=True
     )
-    same(found["layers.logit_mse"], pairs(lambda i, j: (without[i, j] - whole).pow(2).mean(), (1, 2, 3)))
+    squares = pairs(lambda i, j: (llama.logits(rows, without[i, j]) - whole).pow(2).mean(), (1, 2, 3))
+    same(found["layers.logit_mse"], squares)
 
 
 @pytest.mark.parametrize("aggregation", Aggregation)

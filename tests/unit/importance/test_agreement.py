@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cascade.importance.agreement import ENOUGH, agreement, doubts
+from cascade.importance.agreement import ENOUGH, agreement, chance_of_layers, doubts, layer_doubts
 from cascade.importance.calibration import calibrate
-from cascade.importance.method import Aggregation, Scoring
+from cascade.importance.method import Aggregation, LayerScore, Scoring
 from cascade.planning.axes import Axis
 from tests.tiny import make_model
 
@@ -123,3 +124,66 @@ def test_an_axis_of_one_unit_has_nothing_to_agree_on() -> None:
 
 def test_methods_without_activations_are_not_doubted() -> None:
     assert doubts({}, 0, Scoring()) == []
+
+
+def halved(*scores: list[float]) -> dict[str, Tensor]:
+    """Two halves that give the layers these scores, and each pair of neighbours their sum."""
+    matrices = []
+    for half in torch.tensor(scores):
+        matrix = torch.full((len(half) + 1,) * 2, torch.nan)
+        matrix.diagonal(1).copy_(half)
+        matrix.diagonal(2).copy_(half[:-1] + half[1:])
+        matrices.append(matrix)
+    return {"layers.norm_ratio.halves": torch.stack(matrices)}
+
+
+def test_halves_that_would_drop_other_layers_are_doubted_with_numbers() -> None:
+    scoring = Scoring(LayerScore.NORM_RATIO)
+    found = halved([1, 2, 3, 4, 5, 6], [1, 3, 2, 4, 5, 6])
+    assert layer_doubts(found, 512, scoring, 1) == layer_doubts(found, 512, scoring, 3) == []
+    assert layer_doubts(found, 512, scoring, 2) == [
+        "calibration on 512 tokens ranks layers poorly: two halves of them agree on 1 of the 2 layers to "
+        "drop (0.7 is chance); raise calibration_tokens"
+    ]
+    assert layer_doubts(found, 512, scoring, 0) == layer_doubts(found, 512, Scoring(), 2) == []
+
+
+def test_four_layers_of_which_three_are_agreed_on_are_enough() -> None:
+    scoring = Scoring(LayerScore.NORM_RATIO)
+    assert layer_doubts(halved([1, 2, 3, 4, 5, 6], [1, 2, 3, 5, 4, 6]), 9, scoring, 4) == []
+    assert "2 of the 4" in layer_doubts(halved([1, 2, 3, 4, 5, 6], [1, 2, 5, 6, 3, 4]), 9, scoring, 4)[0]
+
+
+def test_blocks_of_layers_are_compared_as_blocks() -> None:
+    scoring = Scoring(LayerScore.NORM_RATIO, contiguous=True)
+    found = halved([1, 2, 5, 0, 9, 9], [5, 9, 1, 0, 9, 9])
+    assert "agree on 0 of the 2 layers to drop (0.7 is chance)" in layer_doubts(found, 9, scoring, 2)[0]
+    assert layer_doubts(halved([1, 2, 5, 0, 9, 9], [1, 0, 5, 2, 9, 9]), 9, scoring, 2) == []
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_chance_is_what_random_choices_have_in_common(contiguous: bool) -> None:
+    every = list(itertools.combinations(range(6), 3))
+    choices = [c for c in every if not contiguous or c[2] - c[0] == 2]
+    shared = [len(set(a) & set(b)) for a in choices for b in choices]
+    assert chance_of_layers(6, 3, contiguous) == pytest.approx(sum(shared) / len(shared))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_layers_are_scored_by_even_and_by_odd_rows(batch: int) -> None:
+    model, rows = make_model("llama"), tokens(7, 16)
+    found = calibrate(model, rows, batch=batch, drops=(1,)).statistics
+    even, odd = (calibrate(model, rows[half::2], drops=(1,)).statistics for half in (0, 1))
+    for kind in LayerScore:
+        halves = found[f"layers.{kind}.halves"]
+        for half, alone in zip(halves, (even, odd), strict=True):
+            expected = alone[f"layers.{kind}"]
+            torch.testing.assert_close(half, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert "layers.norm_ratio.halves" not in calibrate(model, rows[:1]).statistics
+
+
+def test_where_nothing_was_measured_agreement_is_chance() -> None:
+    scores = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    reached = torch.tensor([True, False, True, False])
+    assert agreement(scores, scores, reached) == pytest.approx((1 + 13 / 25) / 2)
+    assert agreement(scores, scores, torch.ones(4, dtype=torch.bool)) == 1

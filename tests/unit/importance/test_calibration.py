@@ -49,7 +49,8 @@ def test_every_statistic_is_there_and_finite(name: str) -> None:
         f"{axis}.{aggregation}": shape for axis, shape in widths.items() for aggregation in Aggregation
     }
     shapes |= {"experts.probability": (4, 4)} if name == "mixtral" else {}
-    shapes |= {f"layers.{score}": (5, 5) for score in LayerScore}
+    for score in LayerScore:
+        shapes |= {f"layers.{score}": (5, 5), f"layers.{score}.halves": (2, 5, 5)}
     assert {key: tuple(values.shape) for key, values in found.items()} == shapes
     places = torch.arange(5)
     length = places - places[:, None]
@@ -58,10 +59,10 @@ def test_every_statistic_is_there_and_finite(name: str) -> None:
         assert values.is_contiguous()
         measured = torch.ones(values.shape, dtype=torch.bool)
         if key.startswith("layers."):
-            dropped = LayerScore(key.removeprefix("layers.")).drops
-            measured = (length == 1) | (length == 3) if dropped else length > 0
+            dropped = LayerScore(key.split(".")[1]).drops
+            measured = ((length == 1) | (length == 3) if dropped else length > 0).expand(values.shape)
         assert torch.equal(values.isfinite(), measured)
-        if key != "layers.perplexity":
+        if not key.startswith("layers.perplexity"):
             assert (values[measured] >= 0).all()
             assert values[measured].any()
 

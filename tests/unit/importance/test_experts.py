@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cascade.importance.agreement import doubts
 from cascade.importance.calibration import calibrate
+from cascade.importance.method import Scoring
+from cascade.planning.axes import Axis
 from tests.architectures import tiny
 
 
@@ -72,7 +75,8 @@ def test_experts_of_an_implementation_that_is_not_recognised_are_scored_by_their
     measured = calibrate(model, tokens())
     downs = torch.stack([layer.mlp.experts.down_proj.detach() for layer in model.model.layers])
     torch.testing.assert_close(measured.statistics["ffn.rms"], downs.norm(dim=2))
-    assert measured.agreement["ffn.rms"] == 1
+    assert measured.agreement["ffn.rms"] == 0.5
+    assert "ffn" in doubts(measured.agreement, measured.tokens, Scoring(), [Axis.FFN])[0]
 
 
 def test_the_experts_implementation_is_put_back() -> None:
