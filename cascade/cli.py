@@ -55,16 +55,17 @@ Store = Annotated[
 Cache = Annotated[
     str, typer.Option("--cache", envvar="CASCADE_CACHE", help="Scratch folder; ~/.cache/cascade when empty.")
 ]
+Device = Annotated[str, typer.Option("--device", help="A torch device; chosen when empty.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
-def plan(recipe: RecipeName, cache: Cache = "") -> None:
+def plan(recipe: RecipeName, device: Device = "", cache: Cache = "") -> None:
     """Print every stage's architecture, parameters, memory and cost; train nothing, store nothing."""
     from cascade.family.build import default_cache, plan_family
     from cascade.family.forecast import machine_rate, plan_table, ranking_table
 
-    graph = plan_family(load_recipe(recipe), Path(cache or default_cache()))
+    graph = plan_family(load_recipe(recipe), Path(cache or default_cache()), device)
     output().print(plan_table(graph, machine_rate()))
     output().print(ranking_table(graph))
 
@@ -74,7 +75,7 @@ def build(
     recipe: RecipeName,
     store: Store = "families",
     direct: Annotated[bool, typer.Option("--direct", help="Without Prefect.")] = False,
-    device: Annotated[str, typer.Option("--device", help="A torch device; chosen when empty.")] = "",
+    device: Device = "",
     checkpoint_seconds: Annotated[
         float, typer.Option("--checkpoint-seconds", min=0.0, help="Seconds between training snapshots.")
     ] = 60.0,
@@ -89,7 +90,7 @@ def build(
     run = run_options(tree, store, options)
     # Wrong input is found here, in seconds, before a Prefect server starts.
     check_store(open_location(store))
-    graph = plan_family(tree, Path(run.cache))
+    graph = plan_family(tree, Path(run.cache), device)
     with ConsoleReport(Console(stderr=True)) as report:
         try:
             index = (
@@ -128,7 +129,7 @@ def pilot(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
     tokens: Annotated[str, typer.Option("--tokens", help="Training tokens of every stage, such as 50k.")],
     store: Store = "families",
-    device: Annotated[str, typer.Option("--device", help="A torch device; chosen when empty.")] = "",
+    device: Device = "",
     cache: Cache = "",
 ) -> None:
     """Teach the same children by two or more recipes on a small budget, and print what came out."""

@@ -27,7 +27,7 @@ def build_family(recipe: Recipe, store: str, options: Options = DEFAULTS) -> dic
     Returns the family's index, which is also stored as family.json.
     """
     run = run_options(recipe, store, options)
-    graph = plan_family(recipe, Path(run.cache))
+    graph = plan_family(recipe, Path(run.cache), run.device)
     with tasks.hosting():
         index = build(graph, run, run_as_task, publish_index)
     get_run_logger().info(

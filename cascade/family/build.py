@@ -25,6 +25,7 @@ from cascade.family.planner import FamilyPlanner
 from cascade.family.race import race
 from cascade.family.runner import Outcome
 from cascade.family.teachers import Parent
+from cascade.family.workplace import chosen_device
 from cascade.models.decoder import Decoder, decoder_of, empty_model_of
 from cascade.models.sources import ParentSource, load_config, load_tokenizer, resolve_parent
 from cascade.models.tokenizers import require_same_tokenizer
@@ -58,8 +59,10 @@ def run_options(recipe: Recipe, store: str, options: Options) -> RunOptions:
     )
 
 
-def plan_family(recipe: Recipe, cache: Path) -> Graph:
+def plan_family(recipe: Recipe, cache: Path, device: str = "") -> Graph:
     """Plan every stage and lay out the graph; reads the parent's config, never its weights as tensors.
+
+    device: a torch device that latencies are measured on; chosen when empty.
 
     Raises InputError for whatever of the recipe cannot be built.
     """
@@ -71,7 +74,9 @@ def plan_family(recipe: Recipe, cache: Path) -> Graph:
     }
     if recipe.teacher.correction is Correction.LORA:
         require_peft()
-    planner = FamilyPlanner(recipe, parent.decoder, proof_of(parent.decoder), parent.latencies(cache))
+    planner = FamilyPlanner(
+        recipe, parent.decoder, proof_of(parent.decoder), parent.latencies(cache), chosen_device(device)
+    )
     students = {stage.checkpoint for stage in recipe.stages if stage.checkpoint}
     given = {
         reference: replace(

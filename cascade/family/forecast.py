@@ -213,9 +213,10 @@ def ranking_table(graph: Graph) -> Table:
     for stage in graph.stages:
         candidates = [candidate.architecture for candidate in stage.candidates]
         role = "races" if len(candidates) > 1 else "chosen"
+        fitted = stage.stage.prune.resolved.repair is Repair.LEAST_SQUARES
         for shape in (*candidates, *stage.runners_up):
             cut = stage.stage.student is Student.PRUNED
-            rise = f"{cost_of_cuts(graph.original, shape):.2f}" if cut else ""
+            rise = f"{cost_of_cuts(graph.original, shape, fitted=fitted):.2f}" if cut else ""
             cells = shape_cells(shape)
             table.add_row(stage.stage.name, role if shape in candidates else "", *cells, rise)
         table.add_section()

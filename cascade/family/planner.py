@@ -26,6 +26,7 @@ from cascade.planning.budget import (
 from cascade.planning.explicit import chosen_child
 from cascade.planning.plan import distinct, rank_children
 from cascade.pruning.proof import Proof
+from cascade.pruning.repair import Repair
 from cascade.pruning.rotation import rotation_refusal
 from cascade.recipe import Recipe
 
@@ -33,6 +34,7 @@ from cascade.recipe import Recipe
 SHOWN = 4
 # A prediction that was too low is corrected by what was measured, this often.
 CORRECTIONS = 5
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class FamilyPlanner:
     """Plans every stage of a recipe.
 
     decoder: of the model that stages are cut from, at first the parent. latency_folder: where measurements
-    are kept. given: planners of students that are given, by their checkpoint; what follows is cut from them.
-    original: the parent's shape, which ratios are shares of; by default the decoder's.
+    are kept. device: what they are made on. given: planners of students that are given, by their checkpoint;
+    what follows is cut from them. original: the parent's shape, which ratios are shares of; by default the
+    decoder's.
     """
 
     recipe: Recipe
     decoder: Decoder
     proof: Proof
     latency_folder: Path
+    device: torch.device = CPU
     given: Mapping[str, FamilyPlanner] = field(default_factory=dict)
     original: Architecture | None = None
 
@@ -105,7 +109,8 @@ class FamilyPlanner:
     ) -> list[Architecture]:
         """Legal shapes within the dial's budget, cheapest cuts first, no near twins; maybe too few."""
         original, rotates = self.decoder.architecture, prune.resolved.rotate
-        ranked = rank_children(original, seed, self.budget(prune, strictness), axes, rotates=rotates)
+        budget, fitted = self.budget(prune, strictness), prune.resolved.repair is Repair.LEAST_SQUARES
+        ranked = rank_children(original, seed, budget, axes, rotates=rotates, fitted=fitted)
         return distinct(ranked, original, count)
 
     def budget(self, prune: Prune, strictness: float) -> Budget:
@@ -123,8 +128,7 @@ class FamilyPlanner:
     def latency(self) -> Latency:
         """Measurements on this machine, kept: planning again must not choose another shape."""
         decoder, length = self.decoder, self.recipe.corpus.sequence_length
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        bench = Bench(type(decoder.model), decoder.model.config, decoder.anatomy, length, device)
+        bench = Bench(type(decoder.model), decoder.model.config, decoder.anatomy, length, self.device)
         return Latency(bench, self.latency_folder / f"{bench.name}.json")
 
     def fast_enough(self, prune: Prune, seed: Architecture, axes: tuple[Axis, ...]) -> list[Architecture]:

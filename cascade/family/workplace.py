@@ -72,7 +72,7 @@ class Workplace:
     @property
     def device(self) -> torch.device:
         """The device asked for, or the GPU where there is one."""
-        return torch.device(self.job.options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return chosen_device(self.job.options.device)
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -125,6 +125,11 @@ class PassedTokens:
         self.report.progress(done, total, unit, **figures)
         if unit == "tokens" and done == total:
             self.tokens += total
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name, such as `cuda:0`; for "" the GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:

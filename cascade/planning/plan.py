@@ -25,9 +25,10 @@ def plan_child(
     axes: Collection[Axis] = DEFAULT_AXES,
     *,
     rotates: bool = False,
+    fitted: bool = True,
 ) -> Architecture:
     """The first of `rank_children`."""
-    return rank_children(original, seed, budget, axes, rotates=rotates)[0]
+    return rank_children(original, seed, budget, axes, rotates=rotates, fitted=fitted)[0]
 
 
 def rank_children(
@@ -37,12 +38,14 @@ def rank_children(
     axes: Collection[Axis] = DEFAULT_AXES,
     *,
     rotates: bool = False,
+    fitted: bool = True,
 ) -> list[Architecture]:
     """The shapes of a child that is cut from `seed`, itself cut from `original`, cheapest cuts first.
 
     axes: what may be cut. rotates: hidden channels are cut after a rotation, which unties the embeddings.
-    A child is never above its budget. Those shapes are ranked by `cost_of_cuts` that one more step of the FFN
-    would carry above it, however far below they are, or that are within the share `TOLERANCE` of it.
+    fitted: whether least squares repair the cut. A child is never above its budget. Those shapes are ranked
+    by `cost_of_cuts` that one more step of the FFN would carry above it, however far below they are, or that
+    are within the share `TOLERANCE` of it.
 
     Raises InputError for a child that is not smaller than its seed, and for a budget that no legal shape
     meets, with the nearest that would do.
@@ -57,7 +60,11 @@ def rank_children(
     enough = min(nearest, budget.limit * (1 - TOLERANCE))
     close = [shape for shape in shapes if shape.ffn < seed.ffn or budget.measure(shape) >= enough]
     # The second key makes the order unique: of equally cheap shapes the larger one comes first.
-    return sorted(close, key=lambda shape: (cost_of_cuts(original, shape), -budget.measure(shape)))
+
+    def rank(shape: Architecture) -> tuple[float, float]:
+        return cost_of_cuts(original, shape, fitted=fitted), -budget.measure(shape)
+
+    return sorted(close, key=rank)
 
 
 def distinct(ranked: Sequence[Architecture], original: Architecture, count: int) -> list[Architecture]:

@@ -29,7 +29,7 @@ from cascade.recipe import Prune
 from tests.bench.parents import Text
 from tests.bench.peers import magnitude, optipfair_depth, optipfair_ffn, torch_pruning_ffn
 
-DEFAULT, FFN_ONLY = "cascade, default", "cascade, FFN only"
+DEFAULT = "cascade, default"
 # One layer of a parent is a coarse step: a peer that drops whole layers may pass the budget by this share.
 LENIENCE = 1e-3
 
@@ -60,7 +60,10 @@ class Task:
         """What the planner gives for the dials."""
         axes = allowed_axes(dials.axes, dials.preset_axes, proof_of(decoder_of(self.parent)))
         budget = ratio_budget(self.source, self.ratio)
-        return plan_child(self.source, self.source, budget, axes, rotates=dials.resolved.rotate)
+        fitted = dials.resolved.repair is Repair.LEAST_SQUARES
+        return plan_child(
+            self.source, self.source, budget, axes, rotates=dials.resolved.rotate, fitted=fitted
+        )
 
     @property
     def ffn(self) -> int:
@@ -82,10 +85,12 @@ class Task:
 Maker = Callable[[Task], PreTrainedModel]
 
 
-def cascade_child(task: Task, *, draw: int = 0, **fields: Any) -> PreTrainedModel:
-    """As a stage of a family would cut it: shape by the planner, everything else by the recipe's defaults."""
+def cascade_child(
+    task: Task, *, draw: int = 0, target: Architecture | None = None, **fields: Any
+) -> PreTrainedModel:
+    """As a stage of a family would cut it by default, to the planner's shape unless one is given."""
     dials = task.dials(**fields)
-    target, resolved = task.shape(dials), dials.resolved
+    target, resolved = task.shape(dials) if target is None else target, dials.resolved
     dropped = task.source.layers - target.layers
     statistics = task.statistics(resolved.importance, dials.scoring.drops(dropped), draw)
     surgery = Surgery(resolved.rotate, resolved.repair)
@@ -93,13 +98,9 @@ def cascade_child(task: Task, *, draw: int = 0, **fields: Any) -> PreTrainedMode
     return prune(task.parent, target, scores, surgery=surgery, rows=task.rows)[0]
 
 
-def shaped_child(task: Task, target: Architecture) -> PreTrainedModel:
-    """Cut to a shape by the recipe's defaults."""
-    dials = task.dials()
-    dropped = task.source.layers - target.layers
-    scores = scores_of(task.statistics(dials.importance, (), 0), dials.scoring, dropped)
-    surgery = Surgery(dials.rotate, dials.repair)
-    return prune(task.parent, target, scores, surgery=surgery, rows=task.rows)[0]
+def unrepaired_child(task: Task) -> PreTrainedModel:
+    """The default's shape and scores without its repair."""
+    return cascade_child(task, target=task.shape(task.dials()), repair=Repair.NONE)
 
 
 def calibration_rows(text: Text) -> Tensor:
@@ -116,10 +117,7 @@ def peer_child(task: Task, make: Callable[[PreTrainedModel], PreTrainedModel]) -
 def makers(draws: Iterable[int]) -> Iterator[tuple[str, Maker]]:
     """Name and maker of every child; those with random scores, one for each of `draws`, have one name."""
     yield DEFAULT, cascade_child
-    fits = Prune(ratio=0.5).resolved.repair is Repair.LEAST_SQUARES
-    other = Repair.NONE if fits else Repair.LEAST_SQUARES
-    yield f"cascade, repair {other}", partial(cascade_child, repair=other)
-    yield FFN_ONLY, partial(cascade_child, axes=(Axis.FFN,))
+    yield "the same shape, repair none", unrepaired_child
     for preset in (Preset.MINISTRAL3, Preset.MINITRON):
         yield f"preset {preset}", partial(cascade_child, preset=preset)
     yield "torch-pruning, FFN by magnitude", torch_pruning_child

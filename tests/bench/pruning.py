@@ -99,7 +99,7 @@ def described(options: Options, school: School, own: Metrics) -> list[str]:
     calibrated, step = calibration_rows(school.text).numel(), plan.batch_rows * length
     return [
         f"{options.parent}, float32: cross-entropy {own.held_out_ce:.3f} nats on {own.tokens:,} targets",
-        "peers cut the FFN to the width of `cascade, FFN only`, the planner's widest within the budget; "
+        "peers cut the FFN alone, to the planner's widest within the budget; "
         f"OptiPFair's cuts of layers may exceed it by {LENIENCE:.1%}, as one layer is a coarse step",
         f"calibrated on {calibrated:,} tokens, distilled on {plan.tokens:,} by forward KL to the parent, "
         f"in {plan.steps} steps of {step}, peak rate {plan.peak_rate:.2g} at the parent's width",

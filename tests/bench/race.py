@@ -22,7 +22,7 @@ from cascade.planning.budget import ratio_budget
 from cascade.planning.plan import describe, distinct, rank_children
 from cascade.storage.checkpoints import TrainingCheckpoints
 from cascade.storage.locations import open_location
-from tests.bench.children import Task, shaped_child
+from tests.bench.children import Task, cascade_child
 from tests.bench.options import Options
 from tests.bench.parents import load_parent, read_text
 from tests.bench.pruning import School, school_of
@@ -52,7 +52,7 @@ def run(options: Options) -> str:
         task = Task(parent, RATIO, text.corpus.train[: CALIBRATED // SEQUENCE])
         budget = ratio_budget(task.source, RATIO)
         shapes = distinct(rank_children(task.source, task.source, budget), task.source, CANDIDATES)
-        runs = [trained(school, shape, shaped_child(task, shape)) for shape in shapes]
+        runs = [trained(school, shape, cascade_child(task, target=shape)) for shape in shapes]
     steps = school.settings.resolved(task.source.hidden, SEQUENCE).steps
     return table(runs, legs_of(len(runs), steps), [text.note, f"{settings.tokens:,} tokens, {steps} steps"])
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cascade.planning.axes import Axis
-from cascade.planning.cost import PRICES, cost_of_cuts
+from cascade.planning.cost import FITTED, PLAIN, cost_of_cuts
 from tests.unit.planning.shapes import LLAMA3_8B, SMOLLM2_135M
 
 # (layers, FFN, KV groups) of SmolLM2-135M: rise of the cross-entropy right after pruning, measured as said
@@ -49,7 +49,7 @@ def test_the_cheapest_shape_measured_within_a_tenth_of_a_nat_of_the_best(ratio: 
 
 def test_nothing_cut_costs_nothing_and_every_cut_costs_something() -> None:
     assert cost_of_cuts(LLAMA3_8B, LLAMA3_8B) == 0
-    assert set(PRICES) == set(Axis)
+    assert set(FITTED) == set(PLAIN) == set(Axis)
     for axis in Axis:
         costs = [
             cost_of_cuts(LLAMA3_8B, replace(LLAMA3_8B, **{axis.value: size}))
