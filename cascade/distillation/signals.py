@@ -24,6 +24,7 @@ from cascade.distillation.fused import fused_distillation_loss
 from cascade.distillation.states import Head, check_head, device_of, final_states, head_of
 from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
+from cascade.models.documents import check_documents_apart
 from cascade.report import SILENT, Report
 
 CODEC = "hidden-bfloat16"
@@ -71,7 +72,7 @@ class OnlineTeacher:
     def states(self, part: Part, rows: Sequence[int]) -> Tensor:
         """Final hidden states [B, T, E], float32."""
         ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
-        return final_states(self.model, ids_BT).float()
+        return final_states(self.model, ids_BT, self.corpus.positions(ids_BT)).float()
 
 
 class StoredTeacher:
@@ -137,6 +138,7 @@ def write_signals(
     teacher = OnlineTeacher(model, corpus)
     probe = Part.HELD_OUT if held_out_rows else Part.TRAIN
     check_head(model, batch_ids(corpus, probe, [0], device_of(model))[0])
+    check_documents_apart(model, corpus)
     per_shard = max(1, SHARD_BYTES // (2 * width * length))
     done = 0
     for part, count in counts.items():

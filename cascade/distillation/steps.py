@@ -15,9 +15,10 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
+from cascade.distillation.batches import batch_of, count_targets
 from cascade.distillation.fused import fused_distillation_loss
 from cascade.distillation.settings import Plan
-from cascade.distillation.signals import Part, Teacher, batch_ids
+from cascade.distillation.signals import Part, Teacher
 from cascade.distillation.states import device_of, final_states, head_of
 from cascade.errors import CascadeError
 
@@ -57,21 +58,22 @@ def accumulate(
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    total = count_targets(corpus, Part.TRAIN, rows)
     for start in range(0, len(rows), plan.micro_rows):
         part = rows[start : start + plan.micro_rows]
-        ids_BT = batch_ids(corpus, Part.TRAIN, part, device)
+        batch = batch_of(corpus, Part.TRAIN, part, device)
         targets = teacher.targets(Part.TRAIN, part)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            student_BTD = final_states(student, ids_BT)[:, :-1].to(dtype)
+            student_BTD = final_states(student, batch.ids, batch.positions)[:, :-1].to(dtype)
         terms = fused_distillation_loss(
             student_BTD.flatten(0, 1),
             head_of(student),
             targets,
-            ids_BT[:, 1:].flatten(),
+            batch.labels,
             objective=settings.objective,
             temperature=settings.temperature,
             cross_entropy_weight=settings.cross_entropy_weight,
-            total_targets=len(rows) * (plan.sequence_length - 1),
+            total_targets=total,
         )
         terms.loss.backward()
         sums += torch.stack([terms.loss.detach().double(), terms.kl, terms.ce])
