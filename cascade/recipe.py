@@ -80,6 +80,12 @@ class Corpus(Section):
         "Held-out tokens that are evaluated, rounded up to whole sequences.",
         ge=64,
     )
+    separate_documents: bool = setting(
+        True,
+        4,
+        "Separate documents",
+        "No token sees another document of its sequence; false: a sequence is read as one text.",
+    )
 
 
 class Signals(StrEnum):

@@ -14,6 +14,7 @@ from cascade.distillation.signals import Part, Teacher, batch_ids
 from cascade.distillation.states import check_head, device_of, final_states, head_of
 from cascade.distillation.targets import StateTargets
 from cascade.errors import CascadeError, InputError
+from cascade.models.documents import check_documents_apart
 
 GUARD_TOKENS = 32
 ZERO = 1e-6
@@ -35,6 +36,7 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
         )
     ids_BT = batch_ids(corpus, Part.TRAIN, [corpus.row(0)], device_of(student))[:, :GUARD_TOKENS]
     check_head(student, ids_BT[0])
+    check_documents_apart(student, corpus)
     targets = teacher.targets(Part.TRAIN, [corpus.row(0)])[: ids_BT.shape[1] - 1]
     labels_N = ids_BT[0, 1:]
     loss = partial(

@@ -96,6 +96,8 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
         "seed": recipe.seed,
         "packing": PACKING,
     }
+    if corpus.separate_documents:
+        section["separate_documents"] = True
     hints = {
         "parent": parent.reference,
         "sources": [source.model_dump(mode="json") for source in corpus.sources],

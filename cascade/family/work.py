@@ -81,6 +81,7 @@ def make_corpus(place: Workplace) -> Result:
         sequence_length=section["sequence_length"],
         held_out=section["held_out"],
         seed=section["seed"],
+        separate=section.get("separate_documents", False),
         report=place.report,
     )
     require_unchanged(sources, [source["fingerprint"] for source in section["sources"]])

@@ -70,7 +70,7 @@ class OnlineTeacher:
     def states(self, part: Part, rows: Sequence[int]) -> Tensor:
         """Final hidden states [B, T, E], float32."""
         ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
-        return final_states(self.model, ids_BT).float()
+        return final_states(self.model, ids_BT, self.corpus.positions(ids_BT)).float()
 
 
 class StoredTeacher:

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.loop import Leg, adamw, distill
+from cascade.distillation.loop import Leg, distill
 from cascade.distillation.objectives import Objective
 from cascade.distillation.settings import DistillSettings
 from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals
 from cascade.distillation.states import final_states, head_of
+from cascade.distillation.steps import adamw
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import CascadeError, Interrupted
 from cascade.storage.checkpoints import TrainingCheckpoints
@@ -353,7 +354,8 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    assert len(found[0]["steps"]) == 3
+    # Not the state after step 2, which no loss has shown to be good.
+    assert len(found[0]["steps"]) == 2
 
 
 def test_records_are_json(corpus: Corpus, teacher: OnlineTeacher) -> None:
