@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from cascade.data.corpus import Corpus
 from cascade.distillation.guards import check_before_training
 from cascade.distillation.meters import Stopwatch
+from cascade.distillation.rows import CorpusRows, RowSource
 from cascade.distillation.settings import DistillSettings, Plan
 from cascade.distillation.signals import Teacher
 from cascade.distillation.states import head_of
@@ -48,6 +49,7 @@ def distill(
     corpus: Corpus,
     *,
     settings: DistillSettings,
+    source: RowSource | None = None,
     leg: Leg = WHOLE,
     checkpoints: TrainingCheckpoints | None = None,
     checkpoint_seconds: float = 60.0,
@@ -57,6 +59,7 @@ def distill(
 ) -> list[StepRecord]:
     """Train `student` in place (its parameters become float32) and return one record per step.
 
+    source: where the rows of every step come from, if they are not those of the corpus as they are.
     Goes on from the newest checkpoint, or else from where the leg starts, bit for bit as if it had not
     stopped; the records returned then include the steps before, while `on_step` hears only of new ones.
     `should_stop` is asked after every micro-batch. On a GPU the forward pass runs in bfloat16 autocast with
@@ -71,14 +74,15 @@ def distill(
     check_before_training(student, teacher, corpus, plan)
     student.train()
     torch.manual_seed(settings.seed)
-    progress = Progress({**plan.record(), "corpus": corpus.identity})
+    source = source or CorpusRows(corpus, teacher)
+    progress = Progress({**plan.record(), **source.record(), "corpus": corpus.identity})
     training = Training(student, adamw(student, settings.weight_decay), progress)
     if any(states and training.restore(states) for states in (checkpoints, leg.start)):
         report.log(f"resumed after step {training.step} of {plan.steps}")
     keeper = Keeper(training, checkpoints, checkpoint_seconds)
     last = leg.steps(plan.steps)
     while training.step < last:
-        record = _step(training, teacher, corpus, plan, keeper, should_stop)
+        record = _step(training, source, plan, keeper, should_stop)
         progress.steps.append(record)
         _announce(record, plan, on_step, report)
     # After the last step too: what follows (the gate, the upload) may be interrupted.
@@ -91,8 +95,7 @@ def distill(
 
 def _step(
     training: Training,
-    teacher: Teacher,
-    corpus: Corpus,
+    source: RowSource,
     plan: Plan,
     keeper: Keeper,
     should_stop: Callable[[], bool],
@@ -100,14 +103,14 @@ def _step(
     """Train one step. Raises Interrupted and CascadeError as `distill`, before the weights change."""
     clock, step, random = Stopwatch(), training.step, training.random_state()
     student, optimizer = training.student, training.optimizer
-    rows = [corpus.row(position) for position in plan.positions(step)]
-    losses = accumulate(student, teacher, corpus, plan, rows, should_stop)
-    if losses is None:
+    rows = source.rows(plan.positions(step), should_stop)
+    losses = accumulate(student, rows, plan, should_stop) if rows else None
+    if rows is None or losses is None:
         optimizer.zero_grad(set_to_none=True)
         keeper.save(random)
         raise Interrupted(f"stopped after step {step} of {plan.steps}", remedy="run it again to go on")
     norm = clip_grad_norm_(student.parameters(), plan.settings.clip).item()
-    require_finite(step, rows, loss=losses.loss, gradient_norm=norm)
+    require_finite(step, rows.named, loss=losses.loss, gradient_norm=norm)
     with clock.paused():
         keeper.save_when_due(random)
     for group in optimizer.param_groups:
@@ -123,6 +126,7 @@ def _step(
         grad_norm=norm,
         tokens_per_second=tokens / seconds,
         seconds=training.progress.seconds + seconds,
+        own_targets=rows.own_targets,
     )
 
 

@@ -14,11 +14,9 @@ import torch
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from cascade.data.corpus import Corpus
-from cascade.distillation.batches import batch_of, count_targets
 from cascade.distillation.fused import fused_distillation_loss
+from cascade.distillation.rows import StepRows
 from cascade.distillation.settings import Plan
-from cascade.distillation.signals import Part, Teacher
 from cascade.distillation.states import device_of, final_states, head_of
 from cascade.errors import CascadeError
 
@@ -47,10 +45,8 @@ def adamw(student: PreTrainedModel, weight_decay: float) -> AdamW:
 
 def accumulate(
     student: PreTrainedModel,
-    teacher: Teacher,
-    corpus: Corpus,
+    rows: StepRows,
     plan: Plan,
-    rows: Sequence[int],
     should_stop: Callable[[], bool],
 ) -> Losses | None:
     """Add one step's gradients to the student; its losses, or None if stopped."""
@@ -58,11 +54,9 @@ def accumulate(
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    total = count_targets(corpus, Part.TRAIN, rows)
+    total = rows.targets
     for start in range(0, len(rows), plan.micro_rows):
-        part = rows[start : start + plan.micro_rows]
-        batch = batch_of(corpus, Part.TRAIN, part, device)
-        targets = teacher.targets(Part.TRAIN, part)
+        batch, targets = rows.part(start, start + plan.micro_rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             student_BTD = final_states(student, batch.ids, batch.positions)[:, :-1].to(dtype)
         terms = fused_distillation_loss(

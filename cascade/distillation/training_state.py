@@ -20,7 +20,8 @@ from cascade.storage.checkpoints import TrainingCheckpoints
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step. loss, kl, ce: nats per target; seconds: since the run began, pauses left out."""
+    """One optimiser step. loss, kl, ce: nats per target; seconds: since the run began, pauses left out;
+    own_targets: tokens among its targets that the student wrote itself."""
 
     step: int
     tokens: int
@@ -31,6 +32,7 @@ class StepRecord:
     grad_norm: float
     tokens_per_second: float
     seconds: float
+    own_targets: int = 0
 
 
 @dataclass

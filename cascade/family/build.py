@@ -188,7 +188,7 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
         if stage.open:
             graph = graph.decide(stage.stage.name, race(stage, make))
             stage = graph.stages[place]
-        for node in (stage.pruned, stage.distilled, stage.evaluated):
+        for node in (stage.pruned, *stage.trained, stage.evaluated):
             make(node)
         index = publish(graph)
     for control in graph.controls:

@@ -24,6 +24,10 @@ def stage(name: str, prune: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "prune": prune, "distill": {"tokens": 64}}
 
 
+def on_policy(**dials: Any) -> dict[str, Any]:
+    return {"stages": [{**stage("a", {"ratio": 0.5}), "on_policy": {"tokens": 64, **dials}}]}
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("20k", 20_000), ("1.5M", 1_500_000), ("3B", 3 * 10**9), ("1T", 10**12), ("7", 7)]
 )
@@ -78,6 +82,15 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("a", {"ratio": 0.4})]}, ["'a' is used twice"]),
         ({"stages": [stage("parent", {"ratio": 0.5})]}, ["'parent' is reserved"]),
+        (on_policy(mixture=1.5), ["stages.0.on_policy.mixture", "less than or equal to 1", "1.5"]),
+        (on_policy(mixture=-0.5), ["on_policy.mixture", "-0.5"]),
+        (on_policy(sampling_temperature=-1), ["on_policy.sampling_temperature", "-1"]),
+        (on_policy(prompt_tokens=0), ["on_policy.prompt_tokens", "0"]),
+        (on_policy(prompt_tokens=32), ["`on_policy.prompt_tokens` 32", "less than", "32", "stage a"]),
+        (on_policy(objective="gkd"), ["on_policy.objective", "gkd"]),
+        (on_policy(objective_weight=0.5, objective="reverse_kl"), ["on_policy", "reverse_kl"]),
+        (on_policy(tokens=0, mixture=0.25), ["`tokens` says how long", "`mixture`"]),
+        (on_policy(mixtur=0.5), ["on_policy.mixtur", "did you mean `mixture`"]),
         ({"corpus": {"sources": []}}, ["corpus.sources"]),
         ({"seed": -1}, ["seed", "-1"]),
     ],

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -47,6 +47,14 @@ class Teacher(Protocol):
         """Of the positions 0..T-2 of some rows of a part, row by row: B * (T - 1) tokens."""
 
 
+@runtime_checkable
+class LiveTeacher(Teacher, Protocol):
+    """One that can answer for any text, not only for what was stored."""
+
+    def over(self, corpus: Corpus) -> LiveTeacher:
+        """The same teacher for the rows of another corpus."""
+
+
 def batch_ids(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.device) -> Tensor:
     """Token ids [B, T], int64, of some rows of a part."""
     source = corpus.train if part is Part.TRAIN else corpus.held_out
@@ -61,6 +69,10 @@ class OnlineTeacher:
     def __init__(self, model: PreTrainedModel, corpus: Corpus) -> None:
         self.model, self.corpus = model.eval(), corpus
         self.head = head_of(model).detach()
+
+    def over(self, corpus: Corpus) -> OnlineTeacher:
+        """See `LiveTeacher.over`."""
+        return OnlineTeacher(self.model, corpus)
 
     def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
         """See `Teacher.targets`."""
