@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from cascade.distillation.objectives import Objective
+from cascade.distillation.schedules import Schedule, WeightSchedule, rate_share, weight_share
 from cascade.errors import InputError
+
+# A dial added to a recipe leaves the keys of all that does not use it as they were.
+LATER = ("schedule", "cross_entropy_schedule")
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class DistillSettings:
     tokens: training tokens, rounded up to whole rows. batch_rows: rows of one optimiser step.
     micro_rows: rows of one forward and backward pass (bounds memory, changes nothing but rounding).
     learning_rate: the peak. warmup and final: shares, of the steps and of the peak (usual values; others
-    were not compared). clip: largest gradient norm.
+    were not compared). clip: largest gradient norm. Schedules: see `cascade.distillation.schedules`.
     """
 
     tokens: int
@@ -30,6 +34,8 @@ class DistillSettings:
     objective: Objective = Objective.FORWARD_KL
     temperature: float = 1.0
     seed: int = 0
+    schedule: Schedule = Schedule.LINEAR
+    cross_entropy_schedule: WeightSchedule = WeightSchedule.CONSTANT
 
     def __post_init__(self) -> None:
         """Raises InputError for a value outside its range."""
@@ -89,16 +95,29 @@ class Plan:
         return range(step * self.batch_rows, min((step + 1) * self.batch_rows, self.rows))
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from peak/warm to the peak, then linear decay that ends at final * peak."""
-        warm = max(1, round(self.settings.warmup * self.steps))
-        if step < warm:
-            return self.peak_rate * (step + 1) / warm
-        progress = (step + 1 - warm) / max(1, self.steps - warm)
-        return self.peak_rate * (1 - (1 - self.settings.final) * progress)
+        """Of `step` (from 0)."""
+        made = self.settings
+        share = rate_share(made.schedule, step, self.steps, warmup=made.warmup, final=made.final)
+        return self.peak_rate * share
+
+    def cross_entropy_weight(self, step: int) -> float:
+        """Of `step` (from 0)."""
+        made = self.settings
+        share = weight_share(made.cross_entropy_schedule, step, self.steps, warmup=made.warmup)
+        return made.cross_entropy_weight * share
 
     def record(self) -> dict[str, object]:
         """Plain JSON; two runs with equal records (and data) do the same arithmetic."""
         return {**asdict(self.settings), "rows": self.rows, "sequence_length": self.sequence_length}
+
+
+def stated(settings: DistillSettings) -> dict[str, object]:
+    """Plain JSON that makes equal settings again; what came later and is at rest is left out of it."""
+    return {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in LATER or value != getattr(DistillSettings, name)
+    }
 
 
 def rows_of(tokens: int, sequence_length: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from cascade.architecture import Architecture
 from cascade.data import PACKING
-from cascade.distillation.settings import DistillSettings
+from cascade.distillation.settings import DistillSettings, stated
 from cascade.errors import InputError
 from cascade.family.graph import Candidate, Graph, Kind, Node, Section, StageNodes, StagePlan
 from cascade.importance.method import Method
@@ -231,5 +231,7 @@ def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Secti
         objective=dials.objective,
         temperature=dials.temperature,
         seed=recipe.seed,
+        schedule=dials.schedule,
+        cross_entropy_schedule=dials.cross_entropy_schedule,
     )
-    return asdict(settings.resolved(child.hidden, length).settings)
+    return stated(settings.resolved(child.hidden, length).settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -185,6 +186,7 @@ def train(place: Workplace, leg: Leg) -> Trained:
         leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
     teacher, parent = the_teacher(place, corpus)
+    place.report.log(f"the steps are written to {place.step_file}")
     with place.stop.cooperative():
         steps = distill(
             student,
@@ -194,11 +196,11 @@ def train(place: Workplace, leg: Leg) -> Trained:
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
+            step_file=place.step_file,
             report=place.report,
             should_stop=place.stop,
         )
-    lines = [json.dumps(asdict(step)) for step in steps]
-    (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.move(place.step_file, place.folder / STEPS)
     flops = training_flops(shape_of(student), parent, corpus.sequence_length, "signals" in place.job.inputs)
     return Trained(student, teacher, corpus, steps, steps[-1].tokens - before, flops, checkpoints)
 
