@@ -7,6 +7,7 @@ from enum import StrEnum
 from pydantic import model_validator
 
 from cascade.distillation.objectives import Objective, check_weight
+from cascade.distillation.schedules import Schedule, WeightSchedule
 from cascade.fields import Bytes, Count, Section, setting
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.planning.axes import Axis
@@ -217,6 +218,18 @@ class Distill(Section):
     )
     batch_tokens: Count | None = setting(
         None, 6, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
+    )
+    schedule: Schedule = setting(
+        Schedule.LINEAR,
+        8,
+        "Learning rate schedule",
+        "After the warm-up: linear or cosine decay, or wsd: stable, then decay over the last 20 %.",
+    )
+    cross_entropy_schedule: WeightSchedule = setting(
+        WeightSchedule.CONSTANT,
+        9,
+        "Cross-entropy schedule",
+        "Of its weight: constant; linear, from 0 to the weight; wsd: from 0 to the weight and back to 0.",
     )
 
     @model_validator(mode="after")

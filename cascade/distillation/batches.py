@@ -29,6 +29,11 @@ class Batch:
     positions: Tensor | None
     labels: Tensor
 
+    def beginning(self, tokens: int) -> Batch:
+        """The first tokens of a batch of one row."""
+        positions = None if self.positions is None else self.positions[:, :tokens]
+        return Batch(self.ids[:, :tokens], positions, self.labels[: tokens - 1])
+
 
 def batch_of(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.device) -> Batch:
     """Some rows of a part."""

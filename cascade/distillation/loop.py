@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -11,12 +12,12 @@ from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
 from cascade.distillation.guards import check_before_training
-from cascade.distillation.meters import Stopwatch
+from cascade.distillation.meters import StepFile, Stopwatch, peak_memory, seconds_waited
 from cascade.distillation.rows import CorpusRows, RowSource
 from cascade.distillation.settings import DistillSettings, Plan
 from cascade.distillation.signals import Teacher
 from cascade.distillation.states import head_of
-from cascade.distillation.steps import accumulate, adamw, require_finite
+from cascade.distillation.steps import accumulate, adamw, require_healthy
 from cascade.distillation.training_state import Keeper, Progress, StepRecord, Training
 from cascade.errors import Interrupted
 from cascade.report import SILENT, Report
@@ -54,6 +55,7 @@ def distill(
     checkpoints: TrainingCheckpoints | None = None,
     checkpoint_seconds: float = 60.0,
     on_step: Callable[[StepRecord], None] | None = None,
+    step_file: Path | None = None,
     report: Report = SILENT,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[StepRecord]:
@@ -62,16 +64,17 @@ def distill(
     source: where the rows of every step come from, if they are not those of the corpus as they are.
     Goes on from the newest checkpoint, or else from where the leg starts, bit for bit as if it had not
     stopped; the records returned then include the steps before, while `on_step` hears only of new ones.
+    `step_file` is a file of JSON lines with the steps so far, appended to while the training runs.
     `should_stop` is asked after every micro-batch. On a GPU the forward pass runs in bfloat16 autocast with
     float32 weights.
 
-    Raises Interrupted (after saving) when asked to stop, CascadeError on a non-finite loss or
-    gradient (naming step and rows; the checkpoints before it are kept), InputError for a student,
-    teacher or corpus that do not fit together.
+    Raises Interrupted (after saving) when asked to stop, CascadeError on a loss or gradient that is not
+    finite and on a loss that jumps (naming step and rows; the checkpoints before it are kept), InputError
+    for a student, teacher or corpus that do not fit together.
     """
     student.float().eval()
     plan = settings.resolved(head_of(student).width, corpus.sequence_length)
-    check_before_training(student, teacher, corpus, plan)
+    check_before_training(student, teacher, corpus, plan, report)
     student.train()
     torch.manual_seed(settings.seed)
     source = source or CorpusRows(corpus, teacher)
@@ -80,10 +83,12 @@ def distill(
     if any(states and training.restore(states) for states in (checkpoints, leg.start)):
         report.log(f"resumed after step {training.step} of {plan.steps}")
     keeper = Keeper(training, checkpoints, checkpoint_seconds)
+    steps = StepFile(step_file, progress.steps)
     last = leg.steps(plan.steps)
     while training.step < last:
         record = _step(training, source, plan, keeper, should_stop)
         progress.steps.append(record)
+        steps.append(record)
         _announce(record, plan, on_step, report)
     # After the last step too: what follows (the gate, the upload) may be interrupted.
     keeper.save_when_due(training.random_state())
@@ -104,13 +109,14 @@ def _step(
     clock, step, random = Stopwatch(), training.step, training.random_state()
     student, optimizer = training.student, training.optimizer
     rows = source.rows(plan.positions(step), should_stop)
-    losses = accumulate(student, rows, plan, should_stop) if rows else None
+    waited = seconds_waited(rows.teacher) if rows else 0.0
+    losses = accumulate(student, rows, plan, step, should_stop) if rows else None
     if rows is None or losses is None:
         optimizer.zero_grad(set_to_none=True)
         keeper.save(random)
         raise Interrupted(f"stopped after step {step} of {plan.steps}", remedy="run it again to go on")
     norm = clip_grad_norm_(student.parameters(), plan.settings.clip).item()
-    require_finite(step, rows.named, loss=losses.loss, gradient_norm=norm)
+    require_healthy(training.progress.steps, losses, norm, rows.named)
     with clock.paused():
         keeper.save_when_due(random)
     for group in optimizer.param_groups:
@@ -122,9 +128,12 @@ def _step(
         step=step,
         tokens=training.progress.tokens + tokens,
         **asdict(losses),
+        cross_entropy_weight=plan.cross_entropy_weight(step),
         lr=plan.learning_rate(step),
         grad_norm=norm,
         tokens_per_second=tokens / seconds,
+        waited=seconds_waited(rows.teacher) - waited,
+        memory=peak_memory(training.device),
         seconds=training.progress.seconds + seconds,
         own_targets=rows.own_targets,
     )

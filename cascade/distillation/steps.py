@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch.optim import AdamW
@@ -18,6 +19,7 @@ from cascade.distillation.fused import fused_distillation_loss
 from cascade.distillation.rows import StepRows
 from cascade.distillation.settings import Plan
 from cascade.distillation.states import device_of, final_states, head_of
+from cascade.distillation.training_state import StepRecord
 from cascade.errors import CascadeError
 
 
@@ -47,9 +49,10 @@ def accumulate(
     student: PreTrainedModel,
     rows: StepRows,
     plan: Plan,
+    step: int,
     should_stop: Callable[[], bool],
 ) -> Losses | None:
-    """Add one step's gradients to the student; its losses, or None if stopped."""
+    """Add the gradients of the rows of `step` (from 0) to the student; its losses, or None if stopped."""
     device, settings = device_of(student), plan.settings
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -67,7 +70,7 @@ def accumulate(
             objective=settings.objective,
             objective_weight=settings.objective_weight,
             temperature=settings.temperature,
-            cross_entropy_weight=settings.cross_entropy_weight,
+            cross_entropy_weight=plan.cross_entropy_weight(step),
             total_targets=total,
         )
         terms.loss.backward()
@@ -77,13 +80,45 @@ def accumulate(
     return Losses(*sums.tolist())
 
 
-def require_finite(step: int, rows: Sequence[int], **figures: float) -> None:
-    """Raises CascadeError when a figure is not finite: one bad step would ruin every weight."""
-    for name, value in figures.items():
+def require_healthy(before: Sequence[StepRecord], losses: Losses, norm: float, rows: Sequence[int]) -> None:
+    """Raises CascadeError for a figure that is not finite or a loss that jumps, before it ruins the weights.
+
+    before: the steps that are finished. norm: of the gradient.
+    """
+    fault = None
+    for name, value in (("loss", losses.loss), ("gradient norm", norm)):
         if not math.isfinite(value):
-            raise CascadeError(
-                f"the {name.replace('_', ' ')} of step {step} is not finite",
-                value=value,
-                where=f"training rows {', '.join(map(str, rows))}",
-                remedy="lower the learning rate, or look at these rows; earlier checkpoints are kept",
-            )
+            fault = f"the {name} of step {len(before)} is not finite", str(value)
+            break
+    else:
+        for name, value in (("divergence", losses.kl), ("cross-entropy", losses.ce)):
+            window = [step.kl if name == "divergence" else step.ce for step in before[-SPIKE_WINDOW:]]
+            if is_spike(value, window):
+                usual = f"{value:.3g} nats, in the steps before it mostly {median(window):.3g}"
+                fault = f"the {name} of step {len(before)} jumps", usual
+                break
+    if fault:
+        raise CascadeError(
+            fault[0],
+            value=fault[1],
+            where=f"training rows {', '.join(map(str, rows))}",
+            remedy="lower the learning rate, or look at these rows; the snapshots kept are from before it",
+        )
+
+
+SPIKE_WINDOW, SPIKE_STEPS = 32, 8
+SPIKE_RATIO, SPIKE_DEVIATIONS, SPIKE_NATS = 3.0, 10.0, 0.05
+
+
+def is_spike(value: float, window: Sequence[float]) -> bool:
+    """Whether a loss of a step stands out of those before it: all of three bounds are passed.
+
+    Three times their median; ten robust standard deviations (1.4826 times the median absolute deviation), so
+    that noisy small batches, which differ by multiples, pass; 0.05 nats, below which nothing is lost. Fewer
+    than 8 steps tell too little. Steps fall or are level, so that a window that lags is never too low.
+    """
+    if len(window) < SPIKE_STEPS:
+        return False
+    centre = median(window)
+    deviation = 1.4826 * median([abs(other - centre) for other in window])
+    return value - centre > max((SPIKE_RATIO - 1) * centre, SPIKE_DEVIATIONS * deviation, SPIKE_NATS)

@@ -20,17 +20,25 @@ from cascade.storage.checkpoints import TrainingCheckpoints
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step. loss, kl, ce: nats per target; seconds: since the run began, pauses left out;
-    own_targets: tokens among its targets that the student wrote itself."""
+    """One optimiser step.
+
+    loss, kl, ce: nats per target, over the same targets; cross_entropy_weight: the share of ce in the loss.
+    grad_norm: before clipping. seconds: since the run began, pauses left out; waited: of this step for data.
+    memory: the largest so far in bytes, of the device where that is a GPU, else of the process.
+    own_targets: tokens that were to be predicted and that the student had written itself.
+    """
 
     step: int
     tokens: int
     loss: float
     kl: float
     ce: float
+    cross_entropy_weight: float
     lr: float
     grad_norm: float
     tokens_per_second: float
+    waited: float
+    memory: int
     seconds: float
     own_targets: int = 0
 

@@ -328,6 +328,8 @@ def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Secti
         objective_weight=dials.objective_weight,
         temperature=dials.temperature,
         seed=recipe.seed,
+        schedule=dials.schedule,
+        cross_entropy_schedule=dials.cross_entropy_schedule,
     )
     return settings.resolved(child.hidden, length).settings.record()
 

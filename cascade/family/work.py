@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -196,6 +197,7 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
     taught = the_teachers(place, corpus, head_of(student).vocabulary)
     writing = Writing(**place.job.section["writing"]) if "writing" in place.job.section else None
+    place.report.log(f"the steps are written to {place.step_file}")
     with place.stop.cooperative():
         steps = distill(
             student,
@@ -206,11 +208,11 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
+            step_file=place.step_file,
             report=place.report,
             should_stop=place.stop,
         )
-    lines = [json.dumps(asdict(step)) for step in steps]
-    (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.move(place.step_file, place.folder / STEPS)
     tokens = steps[-1].tokens - before
     written = writing.own_before(tokens // corpus.sequence_length) if writing else 0
     return Trained(student, taught, corpus, steps, tokens, checkpoints, written)

@@ -29,7 +29,7 @@ def documents_apart(model: PreTrainedModel, positions_BT: Tensor) -> dict[str, A
     """
     size = torch.empty(*positions_BT.shape, 1, dtype=model.dtype, device=positions_BT.device)
     masks = create_masks_for_generate(
-        config=model.base_model.config,
+        config=model.config,
         inputs_embeds=size,
         attention_mask=None,
         past_key_values=None,
@@ -47,7 +47,7 @@ def check_documents_apart(model: PreTrainedModel, corpus: Corpus) -> None:
     if corpus.end_of_text is None:
         return
     border = CHECKED_TOKENS // 2
-    count = model.get_input_embeddings().weight.shape[0]
+    count = model.config.get_text_config().vocab_size
     ids_T = (torch.arange(CHECKED_TOKENS) * 7 + corpus.train[0, 0].long()) % count
     ids_BT = ids_T.repeat(2, 1).to(next(model.parameters()).device)
     ids_BT[1, :border] = (ids_BT[1, :border] + 1) % count
