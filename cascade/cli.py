@@ -21,10 +21,12 @@ from cascade.console import (
     control_tables,
     family_table,
     ledger_table,
+    pilot_tables,
     race_tables,
     record_table,
 )
 from cascade.errors import CascadeError, InputError
+from cascade.fields import parse_count
 from cascade.recipe import Options, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -119,6 +121,44 @@ def build_in_prefect(recipe: Recipe, store: str, options: Options, report: Conso
 
     with listener(report):
         return build_family(recipe=recipe, store=store, options=options)
+
+
+@app.command()
+def pilot(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
+    tokens: Annotated[str, typer.Option("--tokens", help="Training tokens of every stage, such as 50k.")],
+    store: Store = "families",
+    device: Annotated[str, typer.Option("--device", help="A torch device; chosen when empty.")] = "",
+    cache: Cache = "",
+) -> None:
+    """Teach the same children by two or more recipes on a small budget, and print what came out."""
+    from cascade.family.build import run_options
+    from cascade.family.pilot import pilot as run_pilot
+    from cascade.storage.locations import check_store, open_location
+
+    check_store(open_location(store))
+    trees = [load_recipe(name) for name in recipes]
+    options = Options(device=device, cache=cache)
+    with ConsoleReport(Console(stderr=True)) as report:
+
+        def make(graph: Graph, root: str) -> Json:
+            return build_direct(graph, run_options(graph.recipe, root, options), report)
+
+        place = Path(run_options(trees[0], store, options).cache)
+        table = run_pilot(trees, count_of(tokens), store, place, make)
+    for shown in pilot_tables(table):
+        output().print(shown)
+    output().print(f"stored in {table['store']}", soft_wrap=True, highlight=False)
+
+
+def count_of(text: str) -> int:
+    """Tokens as people write them; raises InputError for anything else."""
+    count = parse_count(text)
+    if not isinstance(count, int) or count < 1:
+        raise InputError(
+            "a count such as 8000, 8k, 1.5M or 3B is needed", value=text, where="--tokens", remedy="give one"
+        )
+    return count
 
 
 @app.command()

@@ -6,6 +6,7 @@ peft is an optional dependency and is imported only here, only when it is asked 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class LowRank:
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights="orthogonal"
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers 5 by names of transformers 4.
+            warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)
             self.wrapped: Any = peft.get_peft_model(model, config)
 

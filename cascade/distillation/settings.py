@@ -71,7 +71,7 @@ class DistillSettings:
             ) from error
 
     def record(self) -> dict[str, object]:
-        """Plain JSON that makes equal settings again; what is off, or came later and is at rest, is left out."""
+        """Plain JSON that makes equal settings again; without what is off, or came later and is at rest."""
         return {
             name: value
             for name, value in asdict(self).items()

@@ -24,7 +24,9 @@ from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.lora import LowRank
 from cascade.distillation.mixture import MixedTeacher, live
+from cascade.distillation.objectives import Objective
 from cascade.distillation.on_policy import OwnRows, Writing
+from cascade.distillation.schedules import Schedule, WeightSchedule
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.distillation.signals import (
     FinishedShards,
@@ -43,7 +45,7 @@ from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
-from cascade.family.graph import Kind
+from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
 from cascade.family.teachers import role
@@ -184,6 +186,15 @@ def make_pruned(place: Workplace) -> Result:
     return Result({"parameters": target.parameters, "kept": kept}, passed.tokens, flops)
 
 
+def settings_of(section: Section) -> DistillSettings:
+    """What `DistillSettings.record` made of the settings, after its way through JSON."""
+    names = {"objective": Objective, "schedule": Schedule, "cross_entropy_schedule": WeightSchedule}
+    record = section["distill"]
+    return DistillSettings(
+        **{name: names[name](value) if name in names else value for name, value in record.items()}
+    )
+
+
 def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:
     """The job's training, or a leg of it; student: the input of that name unless it is given."""
     corpus, trust = place.corpus(), place.job.options.trust_remote_code
@@ -203,7 +214,7 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
             student,
             taught.teacher,
             corpus,
-            settings=DistillSettings(**place.job.section["distill"]),
+            settings=settings_of(place.job.section),
             source=OwnRows(student, live(taught.teacher), corpus, writing) if writing else None,
             leg=leg,
             checkpoints=checkpoints,
@@ -257,7 +268,7 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    settings, teacher = DistillSettings(**section["distill"]), done.taught.teacher
+    settings, teacher = settings_of(section), done.taught.teacher
     part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
     metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
     end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}

@@ -107,7 +107,67 @@ def contradicted_preset(tree: Tree, folder: Path) -> list[str]:
     return ["preset minitron sets `aggregation` to l2_mean"]
 
 
+def other_tokenizer(folder: Path) -> Path:
+    """A small model whose tokenizer gives two tokens each other's ids."""
+    model = make_parent(folder / "other", num_hidden_layers=2)
+    words = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(words))
+    return model
+
+
+def student_with_another_tokenizer(tree: Tree, folder: Path) -> list[str]:
+    model = str(other_tokenizer(folder))
+    tree["stages"][1] = {"name": "b", "student": "given", "checkpoint": model, "distill": {"tokens": 64}}
+    return ["different tokenizers", "2 of 258 tokens differ", model]
+
+
+def teacher_with_another_tokenizer(tree: Tree, folder: Path) -> list[str]:
+    model = str(other_tokenizer(folder))
+    tree["teacher"] = {"policy": "model", "models": [model]}
+    return ["different tokenizers", "2 of 258 tokens differ", model]
+
+
+def student_no_smaller(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][1] = {
+        "name": "b",
+        "student": "given",
+        "checkpoint": tree["parent"],
+        "distill": {"tokens": 64},
+    }
+    return ["must be smaller than the parent", "164,544", "stage b"]
+
+
+def no_such_student(tree: Tree, folder: Path) -> list[str]:
+    model = str(folder / "absent")
+    tree["stages"][1] = {"name": "b", "student": "given", "checkpoint": model, "distill": {"tokens": 64}}
+    return ["absent"]
+
+
+def scratch_without_a_shape(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][0] = {"name": "a", "student": "scratch", "distill": {"tokens": 64}}
+    return ["stages.0", "exactly one of", "`shape`"]
+
+
+def policy_model_without_one(tree: Tree, folder: Path) -> list[str]:
+    tree["teacher"] = {"policy": "model"}
+    return ["teacher", "policy model needs `models`"]
+
+
+def correction_too_long_for_the_corpus(tree: Tree, folder: Path) -> list[str]:
+    tree["teacher"] = {"correction_tokens": "2M"}
+    return ["2000000", "stage teacher"]
+
+
 CASES = [
+    student_with_another_tokenizer,
+    teacher_with_another_tokenizer,
+    student_no_smaller,
+    no_such_student,
+    scratch_without_a_shape,
+    policy_model_without_one,
+    correction_too_long_for_the_corpus,
     absent_axis,
     odd_hidden_size,
     rotated_layer_norms,

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from cascade.dials import Prune
-from cascade.recipe import load_recipe, validate_recipe
+from cascade.recipe import Stage, Teacher, load_recipe, validate_recipe
+from cascade.roles import Policy, Student
 from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
@@ -25,6 +26,7 @@ ELSEWHERE = {
     "make test-full": "the rest of the tests",
     "make bench": "by whoever publishes the figures: it takes minutes",
     "pip install .": "test_the_wheel_holds_what_the_command_needs",
+    "cascade pilot A.yaml B.yaml --tokens 50k": "tests/e2e/test_pilot.py",
     "prefect server start": "the fixture prefect_server",
     "prefect work-pool create cascade --type process": "tests/flows/test_deployment.py",
     "prefect deploy --prefect-file deploy/prefect.yaml --all": "tests/flows/test_deployment.py",
@@ -50,7 +52,7 @@ def test_the_reference_and_the_deployment_are_current() -> None:
 
 
 def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
-    text, _ = blocks("yaml")
+    text, *_ = blocks("yaml")
     shown, packaged = validate_recipe(yaml.safe_load(text), where="README.md"), load_recipe("quickstart")
     assert (shown.parent, shown.corpus.sources) == (packaged.parent, packaged.corpus.sources)
     for stage, full in zip(shown.stages, packaged.stages, strict=False):
@@ -58,9 +60,17 @@ def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
 
 
 def test_every_dial_in_the_readme_is_one() -> None:
-    _, dials = blocks("yaml")
+    _, dials, *_ = blocks("yaml")
     found = [Prune.model_validate(yaml.safe_load(line)["prune"]) for line in dials.splitlines()]
     assert len({name for prune in found for name in prune.model_fields_set}) == 6
+
+
+def test_every_student_and_teacher_in_the_readme_is_one() -> None:
+    _, _, students, teachers = blocks("yaml")
+    stages = [Stage.model_validate(stage) for stage in yaml.safe_load(students)]
+    assert [stage.student for stage in stages] == [Student.GIVEN, Student.SCRATCH]
+    found = [Teacher.model_validate(yaml.safe_load(line)["teacher"]) for line in teachers.splitlines()]
+    assert {teacher.policy for teacher in found} == set(Policy)
 
 
 def test_every_command_is_either_run_here_or_named_as_run_elsewhere(

@@ -92,6 +92,58 @@ def test_a_source_may_be_a_plain_path() -> None:
         (on_policy(tokens=0, mixture=0.25), ["`tokens` says how long", "`mixture`"]),
         (on_policy(mixtur=0.5), ["on_policy.mixtur", "did you mean `mixture`"]),
         ({"corpus": {"sources": []}}, ["corpus.sources"]),
+        ({"stages": [{**stage("a", {}), "student": "given"}]}, ["`checkpoint` goes with"]),
+        ({"stages": [{**stage("a", {"ratio": 0.5}), "checkpoint": "x"}]}, ["`checkpoint` goes with"]),
+        (
+            {"stages": [{**stage("a", {"ratio": 0.5}), "student": "given", "checkpoint": "x"}]},
+            ["leave `prune` out"],
+        ),
+        (
+            {"stages": [{**stage("a", {"ratio": 0.5, "repair": "least_squares"}), "student": "scratch"}]},
+            ["is not cut", "`repair`"],
+        ),
+        ({"teacher": {"policy": "mixture", "models": ["x"]}}, ["two or more `models`, not 1"]),
+        ({"teacher": {"policy": "mixture", "models": ["x", "y"]}}, ["must sum to 1, not 2"]),
+        ({"teacher": {"models": ["x"]}}, ["policy parent takes no `models`"]),
+        ({"teacher": {"policy": "model", "models": ["x", "y", "z"]}}, ["one for each of 2, not 3"]),
+        (
+            {"teacher": {"policy": "model", "models": [{"path": "x", "weight": 0.5}]}},
+            ["policy model takes no weights"],
+        ),
+        ({"teacher": {"policy": "previous", "correction_tokens": 9}}, ["has learned already"]),
+        ({"teacher": {"correction": "lora"}}, ["`correction_tokens` says how long"]),
+        (
+            {
+                "teacher": {
+                    "policy": "mixture",
+                    "models": [{"path": "parent", "weight": 0.5}, {"path": "x", "weight": 0.5}],
+                    "signals": "top_k",
+                }
+            },
+            ["whole distributions", "top_k"],
+        ),
+        ({"controls": ["scratch", "scratch"]}, ["scratch is there twice"]),
+        (
+            {
+                "controls": ["one_shot"],
+                "stages": [stage("a-one-shot", {"ratio": 0.5}), stage("a", {"ratio": 0.4})],
+            },
+            ["'a-one-shot' is the name of a control"],
+        ),
+        (
+            {
+                "controls": ["scratch"],
+                "stages": [{"name": "a", "student": "given", "checkpoint": "x", "distill": {"tokens": 9}}],
+            },
+            ["cut from its parent, not a"],
+        ),
+        (
+            {
+                "controls": ["random_prune"],
+                "stages": [{**stage("a", {"ratio": 0.5}), "student": "scratch"}],
+            },
+            ["random_prune would be the last stage itself"],
+        ),
         ({"seed": -1}, ["seed", "-1"]),
     ],
 )
