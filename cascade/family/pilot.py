@@ -27,8 +27,7 @@ def pilot_root(recipes: Sequence[Recipe], store: str) -> str:
 
 
 def pilot_recipe(recipe: Recipe, number: int, tokens: int) -> Recipe:
-    """The recipe with `tokens` tokens for each stage, as many at most of what its child writes, no race and no
-    controls; the family policy-NUMBER."""
+    """The recipe with `tokens` tokens a training, no race and no controls; the family policy-NUMBER."""
 
     def small(stage: Stage) -> Stage:
         distill = stage.distill.model_copy(update={"tokens": tokens})

@@ -189,10 +189,10 @@ def make_pruned(place: Workplace) -> Result:
 def settings_of(section: Section) -> DistillSettings:
     """What `DistillSettings.record` made of the settings, after its way through JSON."""
     names = {"objective": Objective, "schedule": Schedule, "cross_entropy_schedule": WeightSchedule}
-    record = section["distill"]
-    return DistillSettings(
-        **{name: names[name](value) if name in names else value for name, value in record.items()}
-    )
+    record: dict[str, Any] = dict(section["distill"])
+    for name in names.keys() & record.keys():
+        record[name] = names[name](record[name])
+    return DistillSettings(**record)
 
 
 def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:

@@ -11,6 +11,7 @@ import pytest
 from cascade.errors import InputError
 from cascade.family.graph import Graph, Kind, Node, StagePlan
 from cascade.family.layout import build_graph, legs_of
+from cascade.family.pilot import pilot_recipe
 from cascade.family.teachers import Parent
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
@@ -186,6 +187,13 @@ def test_controls_are_trained_on_as_many_tokens_as_the_child_and_those_before() 
     assert scratch.on_policy.section["distill"]["tokens"] == 2048
     assert corpus_alone.distilled.section["distill"]["tokens"] == 4096 + 2048
     assert corpus_alone.on_policy is None
+
+
+def test_a_pilot_of_it_is_small_too() -> None:
+    recipe = Recipe.model_validate({**tiny_tree(Path("p"), Path("c")), "stages": written(1)})
+    stages = pilot_recipe(recipe, 1, 512).stages
+    assert [stage.on_policy.tokens for stage in stages] == [0, 512]
+    assert stages[1].on_policy.mixture == 0.25
 
 
 def test_the_corpus_must_hold_the_prompts() -> None:
