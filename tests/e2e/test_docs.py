@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.dials import Prune
+from cascade.dials import OnPolicy, Prune
 from cascade.recipe import Stage, Teacher, load_recipe, validate_recipe
 from cascade.roles import Policy, Student
 from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
@@ -65,8 +65,16 @@ def test_every_dial_in_the_readme_is_one() -> None:
     assert len({name for prune in found for name in prune.model_fields_set}) == 6
 
 
+def test_the_on_policy_stage_in_the_readme_is_one() -> None:
+    _, _, text, *_ = blocks("yaml")
+    [stage] = [Stage.model_validate(stage) for stage in yaml.safe_load(text)]
+    defaults = OnPolicy(tokens=stage.on_policy.tokens, prompt_tokens=stage.on_policy.prompt_tokens)
+    assert stage.on_policy == defaults
+    assert len(stage.on_policy.model_fields_set) == 5
+
+
 def test_every_student_and_teacher_in_the_readme_is_one() -> None:
-    _, _, students, teachers = blocks("yaml")
+    *_, students, teachers = blocks("yaml")
     stages = [Stage.model_validate(stage) for stage in yaml.safe_load(students)]
     assert [stage.student for stage in stages] == [Student.GIVEN, Student.SCRATCH]
     found = [Teacher.model_validate(yaml.safe_load(line)["teacher"]) for line in teachers.splitlines()]

@@ -141,6 +141,18 @@ def test_no_entry_beyond_the_vocabulary_is_written_and_the_mode_stays() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_model_in_training_writes_without_dropout() -> None:
+    model = tiny("gpt2", resid_pdrop=0.5)
+    settings = {"temperature": 1.0, "vocabulary": 258}
+    found, expected = (
+        continued(model.train(mode), prompts(), draws(0, POSITIONS, NEW), **settings)
+        for mode in (True, False)
+    )
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+
+
 def test_a_request_to_stop_is_heard_between_tokens() -> None:
     asked = iter([False, False, True])
     found = continued(
