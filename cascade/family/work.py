@@ -196,6 +196,7 @@ def train(place: Workplace, leg: Leg) -> Trained:
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
+            gradient_checkpointing=place.job.options.gradient_checkpointing,
             step_file=place.step_file,
             report=place.report,
             should_stop=place.stop,
