@@ -355,6 +355,12 @@ class Options(Section):
         "Cache",
         "Folder on the worker for scratch files and verified copies; ~/.cache/cascade when empty.",
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        3,
+        "Gradient checkpointing",
+        "Compute a layer's activations again for its gradients: less memory, about a third more time.",
+    )
 
 
 def load_recipe(name: str) -> Recipe:

@@ -54,11 +54,8 @@ def check_before_training(
     if isinstance(targets, StateTargets):
         _require_agreement(loss(targets.states, targets.head, targets).kl.item(), plan)
     sizes = _terms(student, batch, targets, plan, loss)
-    report.log(
-        "terms of the loss before the first step: "
-        + ", ".join(f"{n} {v:.3f}" for n, v in sizes.items())
-        + " nats"
-    )
+    figures = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
+    report.log(f"terms of the loss before the first step, in nats: {figures}")
     return sizes
 
 

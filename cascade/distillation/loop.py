@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def distill(
     leg: Leg = WHOLE,
     checkpoints: TrainingCheckpoints | None = None,
     checkpoint_seconds: float = 60.0,
+    gradient_checkpointing: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     step_file: Path | None = None,
     report: Report = SILENT,
@@ -65,6 +67,7 @@ def distill(
     Goes on from the newest checkpoint, or else from where the leg starts, bit for bit as if it had not
     stopped; the records returned then include the steps before, while `on_step` hears only of new ones.
     `step_file` is a file of JSON lines with the steps so far, appended to while the training runs.
+    `gradient_checkpointing` trades time for memory and changes no result.
     `should_stop` is asked after every micro-batch. On a GPU the forward pass runs in bfloat16 autocast with
     float32 weights.
 
@@ -76,6 +79,7 @@ def distill(
     plan = settings.resolved(head_of(student).width, corpus.sequence_length)
     check_before_training(student, teacher, corpus, plan, report)
     student.train()
+    _checkpoint_gradients(student, gradient_checkpointing)
     torch.manual_seed(settings.seed)
     source = source or CorpusRows(corpus, teacher)
     progress = Progress({**plan.record(), **source.record(), "corpus": corpus.identity})
@@ -94,8 +98,20 @@ def distill(
     keeper.save_when_due(training.random_state())
     if leg.end:
         training.save(leg.end, training.random_state())
+    _checkpoint_gradients(student, False)
     student.eval()
     return progress.steps
+
+
+def _checkpoint_gradients(student: PreTrainedModel, wanted: bool) -> None:
+    """Compute the activations of a layer again for its gradients, or keep them."""
+    with warnings.catch_warnings():
+        # transformers 6 will rename them, but 5.0 does not know the new names.
+        warnings.simplefilter("ignore", FutureWarning)
+        if wanted:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        elif student.is_gradient_checkpointing:
+            student.gradient_checkpointing_disable()
 
 
 def _step(

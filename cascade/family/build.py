@@ -54,6 +54,7 @@ def run_options(recipe: Recipe, store: str, options: Options) -> RunOptions:
         run=f"{recipe.family}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
         device=options.device,
         checkpoint_seconds=options.checkpoint_seconds,
+        gradient_checkpointing=options.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
 

@@ -219,6 +219,7 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
+            gradient_checkpointing=place.job.options.gradient_checkpointing,
             step_file=place.step_file,
             report=place.report,
             should_stop=place.stop,

@@ -449,6 +449,28 @@ def test_a_step_counts_the_seconds_that_its_teacher_waited(corpus: Corpus) -> No
     assert [step.waited for step in steps] == [0.5] * 8
 
 
+@pytest.mark.parametrize("end_of_text", [None, 256], ids=["one-text", "documents"])
+def test_gradient_checkpointing_changes_nothing(corpus: Corpus, end_of_text: int | None) -> None:
+    """With dropout, whose draws have to be made again; the layers run once more for every backward pass."""
+    corpus = replace(corpus, end_of_text=end_of_text)
+    corpus.train[:, 5] = 256
+    teacher = OnlineTeacher(make_teacher(), corpus)
+    plain, saving = make_student(attention_dropout=0.5), make_student(attention_dropout=0.5)
+    passes = {id(plain): 0, id(saving): 0}
+    for student in (plain, saving):
+
+        def count(*_: object, key: int = id(student)) -> None:
+            passes[key] += 1
+
+        student.model.layers[0].mlp.register_forward_pre_hook(count)
+    whole = distill(plain, teacher, corpus, settings=SETTINGS)
+    steps = distill(saving, teacher, corpus, settings=SETTINGS, gradient_checkpointing=True)
+    assert arithmetic(steps) == arithmetic(whole)
+    assert_equal_weights(plain, saving)
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in saving.modules())
+    assert passes[id(saving)] == passes[id(plain)] + 16
+
+
 def test_records_are_json(corpus: Corpus, teacher: OnlineTeacher) -> None:
     [step] = distill(
         make_student(), teacher, corpus, settings=DistillSettings(tokens=LENGTH, learning_rate=1e-3)
