@@ -79,6 +79,9 @@ def build(
     checkpoint_seconds: Annotated[
         float, typer.Option("--checkpoint-seconds", min=0.0, help="Seconds between training snapshots.")
     ] = 60.0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory in training, for more time.")
+    ] = False,
     cache: Cache = "",
 ) -> None:
     """Build the family; what the store has already is reused, and an interrupted training goes on."""
@@ -86,7 +89,12 @@ def build(
     from cascade.storage.locations import check_store, open_location
 
     tree = load_recipe(recipe)
-    options = Options(device=device, checkpoint_seconds=checkpoint_seconds, cache=cache)
+    options = Options(
+        device=device,
+        checkpoint_seconds=checkpoint_seconds,
+        cache=cache,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     run = run_options(tree, store, options)
     # Wrong input is found here, in seconds, before a Prefect server starts.
     check_store(open_location(store))

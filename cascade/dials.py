@@ -7,6 +7,7 @@ from enum import StrEnum
 from pydantic import model_validator
 
 from cascade.distillation.objectives import Objective, check_weight
+from cascade.distillation.schedules import Schedule, WeightSchedule
 from cascade.fields import Bytes, Count, Section, setting
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.planning.axes import Axis
@@ -222,9 +223,88 @@ class Distill(Section):
     batch_tokens: Count | None = setting(
         None, 6, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
     )
+    schedule: Schedule = setting(
+        Schedule.LINEAR,
+        8,
+        "Learning rate schedule",
+        "After the warm-up: linear or cosine decay, or wsd: stable, then decay over the last 20 %.",
+    )
+    cross_entropy_schedule: WeightSchedule = setting(
+        WeightSchedule.CONSTANT,
+        9,
+        "Cross-entropy schedule",
+        "Of its weight: constant; linear, from 0 to the weight; wsd: from 0 to the weight and back to 0.",
+    )
 
     @model_validator(mode="after")
     def weight_of_its_objective(self) -> Distill:
         """A weight is for an objective that has one."""
         check_weight(self.objective, self.objective_weight)
         return self
+
+
+class OnPolicy(Section):
+    """After its distillation the child writes texts itself, and the teacher says what it would have written
+    at every token of them (GKD, 2306.13649)."""
+
+    tokens: Count = setting(0, 0, "Tokens", "Training tokens, rounded up to whole sequences; 0: none.", ge=0)
+    mixture: float = setting(
+        0.5,
+        1,
+        "Mixture",
+        "Share of the sequences that the child writes; the corpus's are the rest.",
+        ge=0,
+        le=1,
+    )
+    prompt_tokens: Count | None = setting(
+        None,
+        2,
+        "Prompt tokens",
+        "Beginning of a corpus sequence that the child goes on from, to its end; half of it when empty.",
+        ge=1,
+    )
+    sampling_temperature: float = setting(
+        1.0,
+        3,
+        "Sampling temperature",
+        "The child's logits are divided by it when it writes; 0: always the likeliest token.",
+        ge=0,
+        le=100,
+    )
+    objective: Objective = setting(
+        Objective.JSD, 4, "Objective", "As in `distill`, of teacher and child at every token that is learned."
+    )
+    objective_weight: float | None = setting(
+        None,
+        5,
+        "Objective weight",
+        "As in `distill`: beta of jsd, or alpha of the skew divergences.",
+        gt=0,
+        lt=1,
+    )
+    temperature: float = setting(
+        1.0, 6, "Temperature", "Both logits are divided by it in the objective.", gt=0, le=100
+    )
+    learning_rate: float | None = setting(
+        None, 7, "Learning rate", "Peak learning rate; derived from the child's size when empty.", gt=0, le=1
+    )
+    batch_tokens: Count | None = setting(
+        None, 8, "Batch tokens", "Tokens of one optimiser step; derived when empty.", ge=8
+    )
+
+    @model_validator(mode="after")
+    def nothing_without_tokens(self) -> OnPolicy:
+        """What says how is of no use where nothing is done; a weight is for an objective that has one."""
+        written = [
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        ]
+        if written and not self.tokens:
+            raise ValueError(
+                f"`tokens` says how long, and is 0; leave out {', '.join(map('`{}`'.format, written))}"
+            )
+        check_weight(self.objective, self.objective_weight)
+        return self
+
+    def prompt_of(self, sequence_length: int) -> int:
+        """Tokens of the prompt in rows of this length."""
+        return self.prompt_tokens or max(1, sequence_length // 2)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ValidationError, model_validator
 
-from cascade.dials import DIALS, Distill, Prune, Shape
+from cascade.dials import DIALS, Distill, OnPolicy, Prune, Shape
 from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
 from cascade.fields import Count, Section, setting
@@ -79,6 +79,12 @@ class Corpus(Section):
         "Evaluated tokens",
         "Held-out tokens that are evaluated, rounded up to whole sequences.",
         ge=64,
+    )
+    separate_documents: bool = setting(
+        True,
+        4,
+        "Separate documents",
+        "No token sees another document of its sequence; false: a sequence is read as one text.",
     )
 
 
@@ -218,6 +224,9 @@ class Stage(Section):
     )
     prune: Prune = setting(Prune(), 3, "Prune", "How small the child becomes; nothing for a given one.")
     distill: Distill = setting(..., 4, "Distill", "How the child is taught.")
+    on_policy: OnPolicy = setting(
+        OnPolicy(), 5, "On policy", "How it is then taught by what it writes itself; nothing by default."
+    )
 
     @model_validator(mode="after")
     def one_start(self) -> Stage:
@@ -306,6 +315,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def prompts_shorter_than_rows(self) -> Recipe:
+        """A prompt leaves something to write."""
+        length = self.corpus.sequence_length
+        for stage in self.stages:
+            prompt = stage.on_policy.prompt_tokens
+            if prompt is not None and prompt >= length:
+                raise ValueError(
+                    f"stage {stage.name}: `on_policy.prompt_tokens` {prompt} must be less than "
+                    f"`corpus.sequence_length` {length}, or the child has nothing to write"
+                )
+        return self
+
+    @model_validator(mode="after")
     def objective_of_the_signals(self) -> Recipe:
         """Some entries of a distribution at temperature 1 do for no other divergence or temperature."""
         signals = self.teacher.signals
@@ -332,6 +354,12 @@ class Options(Section):
         2,
         "Cache",
         "Folder on the worker for scratch files and verified copies; ~/.cache/cascade when empty.",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        3,
+        "Gradient checkpointing",
+        "Compute a layer's activations again for its gradients: less memory, about a third more time.",
     )
 
 
@@ -411,7 +439,7 @@ def describe_problem(problem: Any) -> str:
 
 def suggestion(key: str) -> str:
     """The known key that looks most like `key`, ready to be appended to a message."""
-    models = (Recipe, Corpus, Source, Teacher, TeacherModel, Stage, Prune, Shape, Distill)
+    models = (Recipe, Corpus, Source, Teacher, TeacherModel, Stage, Prune, Shape, Distill, OnPolicy)
     known = sorted({name for model in models for name in model.model_fields})
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""

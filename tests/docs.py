@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic_core import PydanticUndefined
 
-from cascade.dials import Distill, Prune, Shape
+from cascade.dials import Distill, OnPolicy, Prune, Shape
 from cascade.fields import Section
 from cascade.planning.axes import Axis
 from cascade.recipe import Corpus, Options, Recipe, Source, Stage, Teacher, load_recipe
@@ -29,6 +29,7 @@ SECTIONS: dict[str, type[Section]] = {
     "stages[].prune.": Prune,
     "stages[].prune.shape.": Shape,
     "stages[].distill.": Distill,
+    "stages[].on_policy.": OnPolicy,
 }
 
 

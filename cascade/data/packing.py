@@ -54,7 +54,7 @@ class Packed:
     """Rows of T = `sequence_length` tokens: train int32 [N, T] and held_out int32 [M, T], no row empty.
 
     documents, tokens: counts (train, held-out) before the last, partial row of each part was dropped;
-    tokens include one end-of-text token a document.
+    tokens include one end-of-text token a document. separate: whoever reads a row keeps its documents apart.
     """
 
     train: Tensor
@@ -63,6 +63,7 @@ class Packed:
     end_of_text: int
     documents: tuple[int, int]
     tokens: tuple[int, int]
+    separate: bool
 
     @property
     def sequence_length(self) -> int:
@@ -71,11 +72,13 @@ class Packed:
 
     @property
     def identity(self) -> str:
-        """Hex sha256 of both parts' rows and of the seed that orders later epochs.
+        """Hex sha256 of both parts' rows, of how they are read, and of the seed that orders later epochs.
 
         Teacher signals and students that name the same identity saw the same tokens at the same places.
         """
         digest = hashlib.sha256(f"packing {PACKING} seed {self.seed}".encode())
+        if self.separate:
+            digest.update(f" documents end with {self.end_of_text}".encode())
         for rows in (self.train, self.held_out):
             digest.update(f" {tuple(rows.shape)} ".encode())
             digest.update(rows.numpy().astype("<i4", copy=False).data)
@@ -88,6 +91,7 @@ class Packed:
             "sequence_length": self.sequence_length,
             "seed": self.seed,
             "end_of_text": self.end_of_text,
+            "separate_documents": self.separate,
             "train_documents": self.documents[0],
             "held_out_documents": self.documents[1],
             "train_rows": self.train.shape[0],
@@ -104,13 +108,14 @@ def pack(
     sequence_length: int,
     held_out: float,
     seed: int,
+    separate: bool = True,
     report: Report = SILENT,
 ) -> Packed:
     """Tokenize the documents and pack each part into rows of `sequence_length` tokens.
 
     held_out: share (0 to 1) of the documents, by hash, kept out of training. The training part is ordered
     by hash and seed; the held-out part by hash alone, so that another seed is measured on the same rows.
-    Each document is followed by the end-of-text token. Memory: 4 bytes a token.
+    Each document is followed by the end-of-text token. separate: see `Packed`. Memory: 4 bytes a token.
     InputError: no documents, too little text for one row of training, or for one held-out row.
     """
     end_of_text = end_of_text_id(tokenizer)
@@ -132,6 +137,7 @@ def pack(
         end_of_text,
         documents=(len(sides[0]), len(sides[1])),
         tokens=(train.size, test.size),
+        separate=separate,
     )
 
 
@@ -183,6 +189,17 @@ def cut(tokens: np.ndarray, sequence_length: int) -> Tensor:
     """Whole rows int32 [N, T]; the last, partial row is dropped."""
     rows = tokens.size // sequence_length
     return torch.from_numpy(tokens[: rows * sequence_length].reshape(rows, sequence_length))
+
+
+def document_positions(ids_BT: Tensor, end_of_text: int) -> Tensor:
+    """Position [B, T], int64, of every token in its document, whose last token is end of text.
+
+    A row's first token is taken for a beginning.
+    """
+    place_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = ids_BT[:, :-1] == end_of_text
+    return place_BT - torch.where(begins_BT, place_BT, 0).cummax(1).values
 
 
 def too_short(tokens: int, sequence_length: int) -> InputError:

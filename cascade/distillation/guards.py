@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.fused import fused_distillation_loss
+from cascade.distillation.batches import Batch, batch_of
+from cascade.distillation.fused import Terms, fused_distillation_loss
 from cascade.distillation.settings import Plan
-from cascade.distillation.signals import Part, Teacher, batch_ids
+from cascade.distillation.signals import Part, Teacher
 from cascade.distillation.states import check_head, device_of, final_states, head_of
-from cascade.distillation.targets import StateTargets
+from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
+from cascade.models.documents import check_documents_apart
+from cascade.report import SILENT, Report
 
 GUARD_TOKENS = 32
 ZERO = 1e-6
@@ -21,9 +25,12 @@ ZERO = 1e-6
 own rounding remains."""
 
 
-def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Corpus, plan: Plan) -> None:
-    """The head is what the loss takes it for, the teacher agrees with itself, every parameter learns.
+def check_before_training(
+    student: PreTrainedModel, teacher: Teacher, corpus: Corpus, plan: Plan, report: Report = SILENT
+) -> dict[str, float]:
+    """The head is what it is taken for, the teacher agrees with itself, every term teaches every parameter.
 
+    Returns the terms that the training uses, in nats per target before its first step, and logs them.
     Raises InputError for a student or data that cannot be trained, CascadeError for a broken chain.
     """
     if corpus.sequence_length < 2:
@@ -33,19 +40,27 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
             where="corpus.sequence_length",
             remedy="raise it to 8 or more",
         )
-    ids_BT = batch_ids(corpus, Part.TRAIN, [corpus.row(0)], device_of(student))[:, :GUARD_TOKENS]
-    check_head(student, ids_BT[0])
-    targets = teacher.targets(Part.TRAIN, [corpus.row(0)])[: ids_BT.shape[1] - 1]
-    labels_N = ids_BT[0, 1:]
+    batch = batch_of(corpus, Part.TRAIN, [corpus.row(0)], device_of(student)).beginning(GUARD_TOKENS)
+    check_head(student, batch.ids[0])
+    check_documents_apart(student, corpus)
+    targets = teacher.targets(Part.TRAIN, [corpus.row(0)])[: len(batch.labels)]
     loss = partial(
         fused_distillation_loss,
+        labels=batch.labels,
         objective=plan.settings.objective,
         objective_weight=plan.settings.objective_weight,
         temperature=plan.settings.temperature,
     )
-    itself = 0.0
     if isinstance(targets, StateTargets):
-        itself = loss(targets.states, targets.head, targets, labels_N).kl.item()
+        _require_agreement(loss(targets.states, targets.head, targets).kl.item(), plan)
+    sizes = _terms(student, batch, targets, plan, loss)
+    figures = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
+    report.log(f"terms of the loss before the first step, in nats: {figures}")
+    return sizes
+
+
+def _require_agreement(itself: float, plan: Plan) -> None:
+    """Raises CascadeError when the teacher has a loss, in nats, as its own student."""
     if not abs(itself) <= ZERO:
         raise CascadeError(
             "the teacher as its own student has a loss",
@@ -53,16 +68,31 @@ def check_before_training(student: PreTrainedModel, teacher: Teacher, corpus: Co
             where=plan.settings.objective.value,
             remedy="check the parent's weights for values that are not finite, or choose another objective",
         )
-    # The teacher's states are moved by one token, so that even a student equal to it must learn.
-    student_NE = final_states(student, ids_BT)[0, :-1]
+
+
+def _terms(
+    student: PreTrainedModel, batch: Batch, targets: Targets, plan: Plan, loss: Callable[..., Terms]
+) -> dict[str, float]:
+    """Each term that has a weight in some step, alone: its size, and gradients for all that is trained."""
+    weights = [plan.cross_entropy_weight(step) for step in range(plan.steps)]
+    terms = {"divergence": 0.0} if min(weights) < 1 else {}
+    terms |= {"cross-entropy": 1.0} if max(weights) > 0 else {}
+    # The teacher's answers are moved by one token, so that even a student equal to it must learn.
     moved = targets[torch.arange(len(targets)).roll(1)]
-    loss(student_NE, head_of(student), moved, labels_N).loss.backward()
-    _require_gradients(student)
-    student.zero_grad(set_to_none=True)
+    sizes = {}
+    for name, weight in terms.items():
+        states_ND = final_states(student, batch.ids, batch.positions)[0, :-1]
+        found = loss(states_ND, head_of(student), moved, cross_entropy_weight=weight)
+        found.loss.backward()
+        _require_gradients(student, name)
+        student.zero_grad(set_to_none=True)
+        true = loss(states_ND.detach(), head_of(student).detach(), targets)
+        sizes[name] = (true.ce if weight else true.kl).item()
+    return sizes
 
 
-def _require_gradients(student: PreTrainedModel) -> None:
-    """Raises CascadeError naming the parameters that the loss does not reach."""
+def _require_gradients(student: PreTrainedModel, term: str) -> None:
+    """Raises CascadeError naming the parameters that a term of the loss does not reach."""
     unreached = [
         name
         for name, parameter in student.named_parameters()
@@ -71,7 +101,7 @@ def _require_gradients(student: PreTrainedModel) -> None:
     ]
     if unreached:
         raise CascadeError(
-            "the distillation loss gives parameters no finite gradient other than zero",
+            f"the {term} gives parameters no finite gradient other than zero",
             value=", ".join(unreached[:3])
             + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""),
             where="the student, before its first step",

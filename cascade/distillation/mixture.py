@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cascade.distillation.signals import Part, Teacher
+from cascade.data.corpus import Corpus
+from cascade.distillation.signals import LiveTeacher, Part, Teacher
 from cascade.distillation.targets import MixedTargets, StateTargets
 from cascade.errors import InputError
 
@@ -20,6 +21,10 @@ class MixedTeacher:
         """See `Teacher.waited`."""
         return sum(member.waited for member in self.members)
 
+    def over(self, corpus: Corpus) -> MixedTeacher:
+        """See `LiveTeacher.over`. Raises InputError unless all members are live."""
+        return MixedTeacher([live(member).over(corpus) for member in self.members], self.weights)
+
     def targets(self, part: Part, rows: Sequence[int]) -> MixedTargets:
         """See `Teacher.targets`. Raises InputError unless all members answer with whole distributions."""
         found = [member.targets(part, rows) for member in self.members]
@@ -34,3 +39,15 @@ class MixedTeacher:
                 remedy="set `signals: hidden` or `signals: online`",
             )
         return MixedTargets(tuple(whole), self.weights)
+
+
+def live(teacher: Teacher) -> LiveTeacher:
+    """The same; raises InputError for one that answers from what is stored."""
+    if not isinstance(teacher, LiveTeacher):
+        raise InputError(
+            "stored signals cannot say what the teacher thinks of texts that a student writes",
+            value=type(teacher).__name__,
+            where="the teacher of an on-policy stage",
+            remedy="give the teacher's model itself",
+        )
+    return teacher

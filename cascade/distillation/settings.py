@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from cascade.distillation.objectives import DEFAULT_WEIGHTS, Objective, check_weight
+from cascade.distillation.schedules import Schedule, WeightSchedule, rate_share, weight_share
 from cascade.errors import InputError
+
+# A dial added to a recipe leaves the keys of all that does not use it as they were.
+LATER = ("schedule", "cross_entropy_schedule")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class DistillSettings:
     micro_rows: rows of one forward and backward pass (bounds memory, changes nothing but rounding).
     learning_rate: the peak. warmup and final: shares, of the steps and of the peak (usual values; others
     were not compared). clip: largest gradient norm. objective_weight: beta or alpha of an
-    objective that has one.
+    objective that has one. Schedules: see `cascade.distillation.schedules`.
     """
 
     tokens: int
@@ -32,6 +36,8 @@ class DistillSettings:
     objective_weight: float | None = None
     temperature: float = 1.0
     seed: int = 0
+    schedule: Schedule = Schedule.LINEAR
+    cross_entropy_schedule: WeightSchedule = WeightSchedule.CONSTANT
 
     def __post_init__(self) -> None:
         """Raises InputError for a value outside its range."""
@@ -65,8 +71,12 @@ class DistillSettings:
             ) from error
 
     def record(self) -> dict[str, object]:
-        """What is set, as plain JSON: a setting that is off leaves no trace in a key."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Plain JSON that makes equal settings again; without what is off, or came later and is at rest."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and (name not in LATER or value != getattr(DistillSettings, name))
+        }
 
     def resolved(self, hidden: int, sequence_length: int) -> Plan:
         """Every number of the run, for a student of that width on rows of that length."""
@@ -107,12 +117,16 @@ class Plan:
         return range(step * self.batch_rows, min((step + 1) * self.batch_rows, self.rows))
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from peak/warm to the peak, then linear decay that ends at final * peak."""
-        warm = max(1, round(self.settings.warmup * self.steps))
-        if step < warm:
-            return self.peak_rate * (step + 1) / warm
-        progress = (step + 1 - warm) / max(1, self.steps - warm)
-        return self.peak_rate * (1 - (1 - self.settings.final) * progress)
+        """Of `step` (from 0)."""
+        made = self.settings
+        share = rate_share(made.schedule, step, self.steps, warmup=made.warmup, final=made.final)
+        return self.peak_rate * share
+
+    def cross_entropy_weight(self, step: int) -> float:
+        """Of `step` (from 0)."""
+        made = self.settings
+        share = weight_share(made.cross_entropy_schedule, step, self.steps, warmup=made.warmup)
+        return made.cross_entropy_weight * share
 
     def record(self) -> dict[str, object]:
         """Plain JSON; two runs with equal records (and data) do the same arithmetic."""

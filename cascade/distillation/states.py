@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.errors import InputError
+from cascade.models.documents import documents_apart
 
 HEAD_TOLERANCE = 1e-2
 """Largest accepted max|logits - head(states)| / max|logits|. Float32 lands near 1e-6 and bfloat16 near
@@ -76,9 +77,13 @@ class Head:
         return self.cap * torch.tanh(product / self.cap)
 
 
-def final_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """The last hidden states [B, T, D] after the final norm: what the LM head is applied to."""
-    return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+def final_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """The last hidden states [B, T, D] after the final norm: what the LM head is applied to.
+
+    positions_BT: of every token in its document, where a row holds several that must not see each other.
+    """
+    apart = {} if positions_BT is None else documents_apart(model, positions_BT)
+    return model.base_model(input_ids=ids_BT, use_cache=False, **apart).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:

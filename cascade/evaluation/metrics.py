@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.fused import chunk_tokens
+from cascade.distillation.batches import batch_of
+from cascade.distillation.fused import IGNORED, chunk_tokens
 from cascade.distillation.signals import Part, Teacher, batch_ids
 from cascade.distillation.states import check_head, device_of, final_states, head_of
 from cascade.distillation.targets import aligned, dense
 from cascade.errors import InputError
+from cascade.models.documents import check_documents_apart
 from cascade.report import SILENT, Report
 
 BATCH_TOKENS = 1024
@@ -63,40 +65,44 @@ def evaluate(
     vocabulary = head_of(model).vocabulary
     device = device_of(model)
     check_head(model, batch_ids(corpus, part, rows[:1], device)[0])
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    check_documents_apart(model, corpus)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     chunk, seconds = chunk_tokens(vocabulary), 0.0
     size = max(1, BATCH_TOKENS // corpus.sequence_length)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        ids_BT = batch_ids(corpus, part, some, device)
+        batch = batch_of(corpus, part, some, device)
         answers = aligned(teacher.targets(part, some), vocabulary).to(device, torch.float32)
         began = _now(device)
-        model_ND = final_states(model, ids_BT)[:, :-1].flatten(0, 1)
+        model_ND = final_states(model, batch.ids, batch.positions)[:, :-1].flatten(0, 1)
         seconds += _now(device) - began
         for cut in (slice(at, at + chunk) for at in range(0, len(model_ND), chunk)):
             began = _now(device)
             logits_CV = head_of(model).logits(model_ND[cut])
             seconds += _now(device) - began
-            sums += _compare(logits_CV.float(), dense(answers[cut]).logits(), ids_BT[:, 1:].flatten()[cut])
+            sums += _compare(logits_CV.float(), dense(answers[cut]).logits(), batch.labels[cut])
         done = (start + len(some)) * corpus.sequence_length
         report.progress(done, len(rows) * corpus.sequence_length, "tokens")
-    targets = len(rows) * (corpus.sequence_length - 1)
-    ce, kl, agreed = (sums / targets).tolist()
-    return Metrics(ce, kl, agreed, targets / seconds, targets)
+    targets = int(sums[3].item())
+    ce, kl, agreed = (sums[:3] / targets).tolist()
+    return Metrics(ce, kl, agreed, len(rows) * (corpus.sequence_length - 1) / seconds, targets)
 
 
 def _compare(logits_CV: Tensor, parent_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Sums [3] over the chunk: cross-entropy, KL(parent || model), tokens with the same first choice.
+    """Sums [4] over a chunk's targets: cross-entropy, KL(parent || model), the same first choice, and 1.
 
     The parent's columns may be fewer: where the two are padded differently, the KL is over what both have.
     """
+    kept = labels_C != IGNORED
+    if not kept.all():
+        logits_CV, parent_CV, labels_C = logits_CV[kept], parent_CV[kept], labels_C[kept]
     agreed = (logits_CV.argmax(-1) == parent_CV.argmax(-1)).sum(dtype=torch.float64)
     log_CV, log_parent_CV = logits_CV.log_softmax(-1), parent_CV.log_softmax(-1)
     ce = -log_CV.gather(1, labels_C[:, None]).sum(dtype=torch.float64)
     if (shared := parent_CV.shape[1]) < logits_CV.shape[1]:
         log_CV = logits_CV[:, :shared].log_softmax(-1)
     kl = (log_parent_CV.exp() * (log_parent_CV - log_CV)).sum(-1).sum(dtype=torch.float64)
-    return torch.stack([ce, kl, agreed])
+    return torch.stack([ce, kl, agreed, kept.sum(dtype=torch.float64)])
 
 
 def _now(device: torch.device) -> float:

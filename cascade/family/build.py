@@ -55,6 +55,7 @@ def run_options(recipe: Recipe, store: str, options: Options) -> RunOptions:
         run=f"{recipe.family}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
         device=options.device,
         checkpoint_seconds=options.checkpoint_seconds,
+        gradient_checkpointing=options.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
 
@@ -193,7 +194,7 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
         if stage.open:
             graph = graph.decide(stage.stage.name, race(stage, make))
             stage = graph.stages[place]
-        for node in (stage.pruned, stage.distilled, stage.evaluated):
+        for node in (stage.pruned, *stage.trained, stage.evaluated):
             make(node)
         index = publish(graph)
     for control in graph.controls:

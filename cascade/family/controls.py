@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cascade.dials import Distill, Prune
+from cascade.dials import Distill, OnPolicy, Prune
 from cascade.importance.method import Method
 from cascade.presets import Preset
 from cascade.recipe import Recipe, Stage
@@ -13,12 +13,14 @@ def control_stage(recipe: Recipe, control: Control) -> Stage:
     """The stage of a control of the last child.
 
     What starts from the parent or from nothing gets the tokens of all stages, because the child was
-    seeded by children that had them; the others get the last stage's.
+    seeded by children that had them; the others get the last stage's. An on-policy part is one for a control
+    too; that of earlier stages, and of a control without a teacher, are as many tokens of the corpus.
     """
     last, stages = recipe.stages[-1], recipe.stages
+    earlier = [stage.on_policy.tokens for stage in stages[:-1]]
     whole = {
-        "tokens": sum(stage.distill.tokens for stage in stages),
-        "epochs": sum(stage.distill.epochs for stage in stages),
+        "tokens": sum(stage.distill.tokens for stage in stages) + sum(earlier),
+        "epochs": sum(epochs_of(stage) for stage in stages),
     }
     changes: dict[Control, dict[str, object]] = {
         Control.SCRATCH: {"student": Student.SCRATCH, "distill": last.distill.model_copy(update=whole)},
@@ -27,7 +29,7 @@ def control_stage(recipe: Recipe, control: Control) -> Stage:
             "distill": last.distill.model_copy(update=whole),
             "prune": rotating_as_before(recipe),
         },
-        Control.CE_ONLY: {"distill": corpus_alone(last.distill)},
+        Control.CE_ONLY: {"distill": corpus_alone(last), "on_policy": OnPolicy()},
         Control.RANDOM_PRUNE: {"prune": drawn(last.prune)},
     }
     return last.model_copy(update={"name": control.name_of(last.name), **changes[control]})
@@ -40,11 +42,18 @@ def rotating_as_before(recipe: Recipe) -> Prune:
     return last.model_copy(update={"rotate": rotates, "candidates": 1})
 
 
-def corpus_alone(distill: Distill) -> Distill:
-    """The same training with the corpus's own labels in place of a teacher."""
+def epochs_of(stage: Stage) -> int:
+    """The corpus may be repeated so often by the trainings of a stage."""
+    return stage.distill.epochs * (2 if stage.on_policy.tokens else 1)
+
+
+def corpus_alone(stage: Stage) -> Distill:
+    """As many tokens of training with the corpus's own labels in place of a teacher."""
     fields = Distill.model_fields
-    return distill.model_copy(
+    return stage.distill.model_copy(
         update={
+            "tokens": stage.distill.tokens + stage.on_policy.tokens,
+            "epochs": epochs_of(stage),
             "cross_entropy_weight": 1.0,
             "objective": fields["objective"].default,
             "objective_weight": fields["objective_weight"].default,

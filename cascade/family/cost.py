@@ -36,6 +36,11 @@ def student_flops(child: Architecture, context: int, frozen: bool = False) -> in
     return (TRAINING_FORWARDS - frozen) * child.forward_flops(context)
 
 
+def writing_flops(child: Architecture, context: int, rows: int) -> int:
+    """Rows that the child goes on with itself: with its cache, one forward pass over each."""
+    return rows * context * child.forward_flops(context)
+
+
 def body_flops(model: Architecture, context: int) -> int:
     """One token through the layers, without the LM head: a rotation's or a repair's pass."""
     return model.forward_flops(context) - 2 * model.hidden * model.vocabulary

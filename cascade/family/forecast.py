@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import torch
 from rich.table import Table
 
 from cascade.architecture import Architecture
+from cascade.distillation.settings import rows_of
 from cascade.distillation.signals.codecs import BfloatStates, Codec, codec_of
-from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
+from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
 from cascade.family.graph import Graph, Kind, Lesson, Node, StageNodes
 from cascade.planning.cost import cost_of_cuts
 from cascade.pruning.repair import Repair, can_fit
@@ -105,7 +107,7 @@ def lesson_cost(lesson: Lesson, recipe: Recipe) -> Cost:
 
 
 def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[str]) -> Cost:
-    """Calibration of the seed, repairs, training and two evaluations of the child; its stored checkpoints.
+    """Calibration of the seed, repairs, trainings, evaluations of the child after each; its checkpoints.
 
     made: keys of nodes that the rows before have counted; this row's are added.
     """
@@ -114,7 +116,8 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[st
     stored, whole = stage.teaching.stored, not recipe.teacher.signals.keeps_entries
     teachers = sum(teacher_flops(model, length, stored, whole) for model in stage.teaching.teachers)
     costs = [lesson_cost(lesson, recipe) for lesson in stage.teaching.lessons if lesson.node.key not in made]
-    flops = trained * (student_flops(child, length) + teachers) + 2 * evaluation_cost(child, graph)
+    flops = trained * (student_flops(child, length) + teachers) + on_policy_flops(stage, length)
+    flops += (1 + len(stage.trained)) * evaluation_cost(child, graph)
     if stage.importance and stage.importance.key not in made:
         flops += cutting_cost(stage, seed, length)
     lost, states = 0.0, 0
@@ -127,10 +130,22 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[st
     starts = [candidate for candidate in stage.candidates if candidate.pruned.key not in made]
     pruned = sum(candidate.architecture.weight_bytes() for candidate in starts)
     made |= {node.key for node in stage}
+    children = len(stage.trained) * child.weight_bytes()
     return Cost(
         flops + round(lost) + sum(cost.flops for cost in costs),
-        child.weight_bytes() + pruned + states + sum(cost.stored_bytes for cost in costs),
+        children + pruned + states + sum(cost.stored_bytes for cost in costs),
     )
+
+
+def on_policy_flops(stage: StageNodes, length: int) -> int:
+    """Of a child's training on what it writes, which its teachers read beside it."""
+    if not stage.on_policy:
+        return 0
+    child, section = stage.architecture, stage.on_policy.section
+    rows = rows_of(section["distill"]["tokens"], length)
+    teachers = sum(teacher_flops(model, length, stored=False) for model in stage.teaching.teachers)
+    written = math.floor(rows * section["writing"]["mixture"])
+    return rows * length * (student_flops(child, length) + teachers) + writing_flops(child, length, written)
 
 
 def cutting_cost(stage: StageNodes, seed: Architecture, length: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ class Kind(StrEnum):
     INITIALISED = "initialised"
     RACED = "raced"
     DISTILLED = "distilled"
+    ON_POLICY = "on_policy"
     EVALUATED = "evaluated"
 
 
@@ -118,6 +119,12 @@ class Teaching:
     stored: bool = False
     lessons: tuple[Lesson, ...] = ()
 
+    @property
+    def online(self) -> Teaching:
+        """The same teachers, running beside the student: what it will write was never stored."""
+        models = {role: node for role, node in self.inputs.items() if node.kind is not Kind.SIGNALS}
+        return replace(self, inputs=models, stored=False)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -132,7 +139,8 @@ class Candidate:
 @dataclass(frozen=True)
 class StageNodes:
     """The nodes of one child. candidates: one, or those that race; winner: the index of the one that goes on,
-    the first as long as the race is `open`. importance: of what is cut. control: what it is compared as."""
+    the first as long as the race is `open`. importance: of what is cut. on_policy: the distilled child after
+    it was taught by what it writes. control: what it is compared as."""
 
     stage: Stage
     candidates: tuple[Candidate, ...]
@@ -142,6 +150,7 @@ class StageNodes:
     importance: Node | None
     teaching: Teaching
     distilled: Node
+    on_policy: Node | None
     evaluated: Node
     control: Control | None = None
 
@@ -156,6 +165,16 @@ class StageNodes:
         return self.candidates[self.winner].pruned
 
     @property
+    def trained(self) -> list[Node]:
+        """Its trainings, one going on from the other."""
+        return [self.distilled, *([self.on_policy] if self.on_policy else [])]
+
+    @property
+    def checkpoint(self) -> Node:
+        """The finished child: what is evaluated, and what the next one is cut from."""
+        return self.trained[-1]
+
+    @property
     def before(self) -> list[Node]:
         """What the cut and the training need first."""
         lessons = [lesson.node for lesson in self.teaching.lessons]
@@ -167,7 +186,7 @@ class StageNodes:
         for candidate in self.candidates:
             yield candidate.pruned
             yield from candidate.legs
-        yield self.distilled
+        yield from self.trained
         yield self.evaluated
 
 

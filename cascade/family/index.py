@@ -92,27 +92,29 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
     """One child's row: what it is, what pruning cost and distillation won back, and what it took.
 
     seconds: of the stage's nodes, from the manifests, whichever run made them. reused: the trained
-    checkpoint was there before this build. held_out_ce and kl_to_parent are nats a token.
+    checkpoint was there before this build. before_on_policy: the figures of the distilled child, where it was
+    then taught by what it wrote. held_out_ce and kl_to_parent are nats a token.
     """
     nodes = [node for node in stage if node.key in done]
     facts = done[stage.evaluated.key].manifest.facts
-    pruned, distilled = facts["pruned"], facts["distilled"]
+    pruned, child = facts["pruned"], facts[stage.checkpoint.kind]
     return {
         "name": stage.stage.name,
-        "checkpoint": stage.distilled.location(store).uri,
+        "checkpoint": stage.checkpoint.location(store).uri,
         "architecture": stage.architecture.record(),
         "parameters": stage.architecture.parameters,
         "non_embedding_parameters": stage.architecture.non_embedding_parameters,
         "pruned_held_out_ce": pruned["held_out_ce"],
-        "held_out_ce": distilled["held_out_ce"],
+        "held_out_ce": child["held_out_ce"],
         "pruned_kl_to_parent": pruned["kl_to_parent"],
-        "kl_to_parent": distilled["kl_to_parent"],
-        "top1_agreement": distilled["top1_agreement"],
-        "tokens_trained": done[stage.distilled.key].manifest.facts["last"]["tokens"],
-        "tokens_per_second": distilled["tokens_per_second"],
+        "kl_to_parent": child["kl_to_parent"],
+        "top1_agreement": child["top1_agreement"],
+        "tokens_trained": sum(done[node.key].manifest.facts["last"]["tokens"] for node in stage.trained),
+        "tokens_per_second": child["tokens_per_second"],
         "seconds": round(sum(done[node.key].manifest.seconds for node in nodes), 1),
-        "reused": done[stage.distilled.key].reused,
+        "reused": all(done[node.key].reused for node in stage.trained),
         "race": race_record(stage, done),
+        "before_on_policy": facts["distilled"] if stage.on_policy else None,
     }
 
 

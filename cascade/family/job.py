@@ -36,6 +36,7 @@ class RunOptions:
     device: str
     checkpoint_seconds: float
     trust_remote_code: bool
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

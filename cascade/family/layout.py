@@ -64,7 +64,7 @@ def build_graph(
         teaching = faculty.of(index, (starts[-1].seed, starts[-1].shape))
         stages.append(layout.stage(stage, plan, starts[-1], teaching, decided.get(stage.name)))
         base = stages[-1].pruned if stage.student is Student.GIVEN else starts[-1].base
-        starts.append(Start(stages[-1].distilled, stages[-1].architecture, base))
+        starts.append(Start(stages[-1].checkpoint, stages[-1].architecture, base))
     controls = tuple(
         layout.control(control, stages[-1], starts[0], starts[-2]) for control in recipe.controls
     )
@@ -96,12 +96,16 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
         "seed": recipe.seed,
         "packing": PACKING,
     }
+    if corpus.separate_documents:
+        section["separate_documents"] = True
     hints = {
         "parent": parent.reference,
         "sources": [source.model_dump(mode="json") for source in corpus.sources],
         "needs": [
-            {"stage": stage.name, "tokens": stage.distill.tokens, "epochs": stage.distill.epochs}
+            {"stage": stage.name, "tokens": tokens, "epochs": stage.distill.epochs}
             for stage in recipe.stages
+            for tokens in (stage.distill.tokens, stage.on_policy.tokens)
+            if tokens
         ]
         + correction_needs(recipe),
     }
@@ -160,7 +164,9 @@ class Layout:
         section = self.training(stage, chosen.architecture, teaching)
         inputs = self.taught(chosen.pruned, chosen.legs, teaching)
         distilled = self.nodes.node(Kind.DISTILLED, stage.name, section, inputs)
-        inputs = {"pruned": chosen.pruned, "distilled": distilled, **self.measured}
+        on_policy = self.on_policy(stage, chosen.architecture, distilled, teaching)
+        trained = {"distilled": distilled, **({"on_policy": on_policy} if on_policy else {})}
+        inputs = {"pruned": chosen.pruned, **trained, **self.measured}
         return StageNodes(
             stage,
             tuple(candidates),
@@ -170,6 +176,7 @@ class Layout:
             importance,
             teaching,
             distilled,
+            on_policy,
             self.nodes.node(Kind.EVALUATED, stage.name, held_out_section(self.recipe), inputs),
         )
 
@@ -216,14 +223,28 @@ class Layout:
             legs += (self.nodes.node(Kind.RACED, stage.name, section, inputs),)
         return legs
 
+    def on_policy(
+        self, stage: Stage, shape: Architecture, distilled: Node, teaching: Teaching
+    ) -> Node | None:
+        """The child's training on what it writes; none if its stage asks for none."""
+        if not stage.on_policy.tokens:
+            return None
+        section = {
+            "distill": on_policy_section(self.recipe, stage, shape),
+            "writing": writing_section(self.recipe, stage),
+            **self.common(teaching),
+        }
+        inputs = self.taught(distilled, (), teaching.online)
+        return self.nodes.node(Kind.ON_POLICY, stage.name, section, inputs)
+
     def training(self, stage: Stage, shape: Architecture, teaching: Teaching) -> Section:
         """The section of a training node."""
+        return {"distill": training_section(self.recipe, stage, shape), **self.common(teaching)}
+
+    def common(self, teaching: Teaching) -> Section:
+        """What every training's section has."""
         weights: Section = {"weights": list(teaching.weights)} if teaching.weights else {}
-        return {
-            "distill": training_section(self.recipe, stage, shape),
-            "seed": self.recipe.seed,
-            **weights,
-        }
+        return {"seed": self.recipe.seed, **weights}
 
     def taught(self, student: Node, legs: tuple[Node, ...], teaching: Teaching) -> dict[str, Node]:
         """The inputs of a training node."""
@@ -307,5 +328,33 @@ def training_section(recipe: Recipe, stage: Stage, child: Architecture) -> Secti
         objective_weight=dials.objective_weight,
         temperature=dials.temperature,
         seed=recipe.seed,
+        schedule=dials.schedule,
+        cross_entropy_schedule=dials.cross_entropy_schedule,
     )
     return settings.resolved(child.hidden, length).settings.record()
+
+
+def on_policy_section(recipe: Recipe, stage: Stage, child: Architecture) -> Section:
+    """Every number of the training on what the child writes."""
+    dials, length = stage.on_policy, recipe.corpus.sequence_length
+    settings = DistillSettings(
+        tokens=dials.tokens,
+        batch_rows=max(1, dials.batch_tokens // length) if dials.batch_tokens else None,
+        learning_rate=dials.learning_rate,
+        objective=dials.objective,
+        objective_weight=dials.objective_weight,
+        temperature=dials.temperature,
+        seed=recipe.seed,
+    )
+    return settings.resolved(child.hidden, length).settings.record()
+
+
+def writing_section(recipe: Recipe, stage: Stage) -> Section:
+    """How the child writes: the fields of `cascade.distillation.on_policy.Writing`."""
+    dials = stage.on_policy
+    return {
+        "mixture": dials.mixture,
+        "prompt_tokens": dials.prompt_of(recipe.corpus.sequence_length),
+        "temperature": dials.sampling_temperature,
+        "seed": recipe.seed,
+    }

@@ -34,7 +34,7 @@ def ledger(graph: Graph, done: Done) -> Json:
     stages = [entry(stage.stage.name, stage, done, seen) for stage in graph.stages]
     controls = [entry(control.stage.name, control, done, seen) for control in graph.controls]
     family = total("family", [*shared, *stages])
-    trained = [stage for stage in graph.stages if stage.distilled.key in done]
+    trained = [stage for stage in graph.stages if stage.checkpoint.key in done]
     floor, separate = floor_flops(graph, trained, done), separate_flops(graph, trained, done)
     return {
         "entries": [*shared, *stages, *controls],
@@ -80,7 +80,10 @@ def total(name: str, lines: list[Json]) -> Json:
 
 def floor_flops(graph: Graph, trained: list[StageNodes], done: Done) -> int:
     """One forward pass of every teacher over the tokens of the longest stage that it teaches, or over the
-    corpus where that is shorter, and the training of every child."""
+    corpus where that is shorter, and the training of every child.
+
+    What a child writes is new, so its teachers' passes over it are part of its training.
+    """
     corpus, length = done[graph.corpus.key].manifest.facts, graph.recipe.corpus.sequence_length
     most = corpus["train_rows"] * corpus["sequence_length"]
     taught: dict[str, tuple[Architecture, int]] = {}
@@ -109,10 +112,12 @@ def teachers_of(stage: StageNodes) -> list[tuple[str, Architecture]]:
 
 
 def training_of(stage: StageNodes, context: int, done: Done) -> int:
-    """FLOPs of the child's own forward and backward passes, the winner's legs of a race included."""
-    return tokens_of(stage, done) * student_flops(stage.architecture, context)
+    """FLOPs of the child's own forward and backward passes, the winner's legs of a race included, and all
+    those of its training on what it writes."""
+    on_policy = done[stage.on_policy.key].manifest.flops if stage.on_policy else 0
+    return tokens_of(stage, done) * student_flops(stage.architecture, context) + on_policy
 
 
 def tokens_of(stage: StageNodes, done: Done) -> int:
-    """Tokens that the child was trained on."""
+    """Tokens that the child was distilled on."""
     return int(done[stage.distilled.key].manifest.facts["last"]["tokens"])

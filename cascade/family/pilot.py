@@ -27,12 +27,14 @@ def pilot_root(recipes: Sequence[Recipe], store: str) -> str:
 
 
 def pilot_recipe(recipe: Recipe, number: int, tokens: int) -> Recipe:
-    """The recipe with `tokens` tokens for each stage, no race and no controls; the family policy-NUMBER."""
+    """The recipe with `tokens` tokens a training, no race and no controls; the family policy-NUMBER."""
 
     def small(stage: Stage) -> Stage:
         distill = stage.distill.model_copy(update={"tokens": tokens})
         prune = stage.prune.model_copy(update={"candidates": 1})
-        return stage.model_copy(update={"distill": distill, "prune": prune})
+        own = min(tokens, stage.on_policy.tokens)
+        on_policy = stage.on_policy.model_copy(update={"tokens": own})
+        return stage.model_copy(update={"distill": distill, "prune": prune, "on_policy": on_policy})
 
     correction = min(tokens, recipe.teacher.correction_tokens)
     return recipe.model_copy(

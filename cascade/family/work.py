@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,8 +23,10 @@ from cascade.data.sources import Source, documents, fingerprint
 from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.lora import LowRank
-from cascade.distillation.mixture import MixedTeacher
+from cascade.distillation.mixture import MixedTeacher, live
 from cascade.distillation.objectives import Objective
+from cascade.distillation.on_policy import OwnRows, Writing
+from cascade.distillation.schedules import Schedule, WeightSchedule
 from cascade.distillation.settings import DistillSettings, rows_of
 from cascade.distillation.signals import (
     FinishedShards,
@@ -41,7 +44,7 @@ from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
-from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops
+from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
 from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
@@ -82,6 +85,7 @@ def make_corpus(place: Workplace) -> Result:
         sequence_length=section["sequence_length"],
         held_out=section["held_out"],
         seed=section["seed"],
+        separate=section.get("separate_documents", False),
         report=place.report,
     )
     require_unchanged(sources, [source["fingerprint"] for source in section["sources"]])
@@ -186,8 +190,11 @@ def make_pruned(place: Workplace) -> Result:
 
 def settings_of(section: Section) -> DistillSettings:
     """What `DistillSettings.record` made of the settings, after its way through JSON."""
-    record = section["distill"]
-    return DistillSettings(**{**record, "objective": Objective(record["objective"])})
+    names = {"objective": Objective, "schedule": Schedule, "cross_entropy_schedule": WeightSchedule}
+    record: dict[str, Any] = dict(section["distill"])
+    for name in names.keys() & record.keys():
+        record[name] = names[name](record[name])
+    return DistillSettings(**record)
 
 
 def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) -> Trained:
@@ -202,26 +209,33 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
         leg = replace(leg, start=TrainingCheckpoints(open_location(str(raced / STATE))))
         before = json.loads((raced / STEPS).read_text("utf-8").splitlines()[-1])["tokens"]
     taught = the_teachers(place, corpus, head_of(student).vocabulary)
+    writing = Writing(**place.job.section["writing"]) if "writing" in place.job.section else None
+    place.report.log(f"the steps are written to {place.step_file}")
     with place.stop.cooperative():
         steps = distill(
             student,
             taught.teacher,
             corpus,
             settings=settings_of(place.job.section),
+            source=OwnRows(student, live(taught.teacher), corpus, writing) if writing else None,
             leg=leg,
             checkpoints=checkpoints,
             checkpoint_seconds=place.job.options.checkpoint_seconds,
+            gradient_checkpointing=place.job.options.gradient_checkpointing,
+            step_file=place.step_file,
             report=place.report,
             should_stop=place.stop,
         )
-    lines = [json.dumps(asdict(step)) for step in steps]
-    (place.folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Trained(student, taught, corpus, steps, steps[-1].tokens - before, checkpoints)
+    shutil.move(place.step_file, place.folder / STEPS)
+    tokens = steps[-1].tokens - before
+    written = writing.own_before(tokens // corpus.sequence_length) if writing else 0
+    return Trained(student, taught, corpus, steps, tokens, checkpoints, written)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's end. steps: with those of legs before; tokens: of this one."""
+    """A training's end. steps: with those of legs before; tokens: of this one; written: rows of these tokens
+    that the student wrote."""
 
     student: PreTrainedModel
     taught: Taught
@@ -229,22 +243,26 @@ class Trained:
     steps: list[StepRecord]
     tokens: int
     checkpoints: TrainingCheckpoints
+    written: int = 0
 
     def result(self, facts: dict[str, Any]) -> Result:
         """What the node leaves: this training's tokens and FLOPs, and no snapshots."""
-        own = student_flops(shape_of(self.student), self.corpus.sequence_length)
+        shape, length = shape_of(self.student), self.corpus.sequence_length
+        own = student_flops(shape, length)
         return Result(
             facts,
             self.tokens,
-            self.tokens * (own + self.taught.flops),
+            self.tokens * (own + self.taught.flops) + writing_flops(shape, length, self.written),
             teacher_flops=self.tokens * self.taught.flops,
             after_publish=self.checkpoints.delete,
         )
 
     @property
     def ends(self) -> dict[str, Any]:
-        """The first and the last step, as facts."""
-        return {"first": asdict(self.steps[0]), "last": asdict(self.steps[-1])}
+        """The first and the last step, as facts, and what the student wrote itself."""
+        own = {"written_rows": self.written, "own_targets": sum(step.own_targets for step in self.steps)}
+        ends = {"first": asdict(self.steps[0]), "last": asdict(self.steps[-1])}
+        return {**ends, **(own if self.written else {})}
 
 
 def make_raced(place: Workplace) -> Result:
@@ -288,7 +306,7 @@ def judged_rows(
 
 
 def make_distilled(place: Workplace) -> Result:
-    """Teach the cut model; the gate admits it before it is published."""
+    """Teach the cut model, or by its own texts the distilled one; the gate admits it first."""
     folder, trust = place.input("student"), place.job.options.trust_remote_code
     done = train(place, WHOLE)
     save_model(done.student, load_folder_tokenizer(folder, trust), place.folder)
@@ -320,7 +338,8 @@ def make_evaluated(place: Workplace) -> Result:
     corpus = place.corpus()
     rows = held_out_rows(corpus, place.job.section["held_out_tokens"])
     teacher, parent = the_teacher(place, corpus)
-    names = ["pruned", "distilled"] if "distilled" in place.job.inputs else ["parent"]
+    states = ("pruned", "distilled", "on_policy")
+    names = [name for name in states if name in place.job.inputs] or ["parent"]
     facts: dict[str, Any] = {}
     flops, length = 0, corpus.sequence_length
     tokens = rows * length
@@ -419,5 +438,6 @@ WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.INITIALISED: make_initialised,
     Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
+    Kind.ON_POLICY: make_distilled,
     Kind.EVALUATED: make_evaluated,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from cascade.data.corpus import Corpus
+from cascade.distillation.meters import peak_resident
 from cascade.family.job import Job, JsonReport, StopSignal
 from cascade.report import Report
 from cascade.storage.artifacts import fetch
@@ -83,6 +83,13 @@ class Workplace:
         """A local folder with an input artifact, every file checked against its manifest."""
         return fetch(open_location(self.job.inputs[name]["uri"]), self.cache)
 
+    @property
+    def step_file(self) -> Path:
+        """Where the steps of a training can be watched, and what a crash leaves of them."""
+        folder = self.cache / "training"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{self.job.family}-{self.job.stage}-{self.job.key[:12]}.jsonl"
+
     def corpus(self) -> Corpus:
         """The packed corpus."""
         return Corpus.open(self.input("corpus"))
@@ -139,6 +146,5 @@ def hardware(device: torch.device) -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if platform.system() == "Darwin" else 1024),
+        "peak_memory": peak_resident(),
     }

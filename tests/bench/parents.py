@@ -52,7 +52,7 @@ def read_text(
         f"of each piece of about 8 kB): {train} documents with {packed.train.numel():,} tokens for "
         f"calibration and training, {held_out} with {packed.held_out.numel():,} for evaluation"
     )
-    return Text(Corpus(packed.train, packed.held_out, packed.identity, seed), note)
+    return Text(Corpus(packed.train, packed.held_out, packed.identity, seed, packed.end_of_text), note)
 
 
 @lru_cache(1)

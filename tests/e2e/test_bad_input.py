@@ -56,6 +56,21 @@ def short_corpus(tree: Tree, folder: Path) -> list[str]:
     return ["1000000", "epochs: "]
 
 
+def prompt_as_long_as_a_row(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][1]["on_policy"] = {"tokens": 64, "prompt_tokens": 32}
+    return ["stage small", "`on_policy.prompt_tokens` 32", "less than `corpus.sequence_length` 32"]
+
+
+def all_is_mixture(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][1]["on_policy"] = {"tokens": 64, "mixture": 1.25}
+    return ["stages.1.on_policy.mixture", "less than or equal to 1", "1.25"]
+
+
+def too_many_prompts(tree: Tree, folder: Path) -> list[str]:
+    tree["stages"][1]["on_policy"] = {"tokens": 1_000_000}
+    return ["1000000", "epochs: ", "stage small"]
+
+
 def no_such_parent(tree: Tree, folder: Path) -> list[str]:
     tree["parent"] = str(folder / "absent")
     return ["absent"]
@@ -180,6 +195,9 @@ CASES = [
     no_such_corpus,
     no_such_field,
     short_corpus,
+    prompt_as_long_as_a_row,
+    all_is_mixture,
+    too_many_prompts,
     no_such_parent,
     not_a_causal_model,
     pickled_parent,

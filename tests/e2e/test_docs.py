@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.dials import Prune
+from cascade.dials import OnPolicy, Prune
 from cascade.recipe import Stage, Teacher, load_recipe, validate_recipe
 from cascade.roles import Policy
 from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
@@ -84,6 +84,14 @@ def test_every_piece_of_a_recipe_in_the_readme_is_one() -> None:
         "teacher.signals",
         "teacher.token_bytes",
     } <= seen
+
+
+def test_the_on_policy_stage_in_the_readme_is_one() -> None:
+    [text] = [piece for piece in blocks("yaml") if "on_policy:" in piece]
+    [stage] = [Stage.model_validate(stage) for stage in yaml.safe_load(text)]
+    defaults = OnPolicy(tokens=stage.on_policy.tokens, prompt_tokens=stage.on_policy.prompt_tokens)
+    assert stage.on_policy == defaults
+    assert len(stage.on_policy.model_fields_set) == 5
 
 
 def test_every_command_is_either_run_here_or_named_as_run_elsewhere(

@@ -35,6 +35,10 @@ def test_kept_entries_do_for_forward_kl_with_cross_entropy(signals: str) -> None
     assert recipe.teacher.token_bytes == 36
 
 
+def on_policy(**dials: Any) -> dict[str, Any]:
+    return {"stages": [{**stage("a", {"ratio": 0.5}), "on_policy": {"tokens": 64, **dials}}]}
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("20k", 20_000), ("1.5M", 1_500_000), ("3B", 3 * 10**9), ("1T", 10**12), ("7", 7)]
 )
@@ -92,6 +96,15 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [taught(objective_weight=0.5)]}, ["`objective_weight` belongs to jsd", "forward_kl"]),
         ({"stages": [taught(objective="jsd", objective_weight=1)]}, ["objective_weight", "less than 1"]),
         ({"stages": [taught(objective="kl")]}, ["objective", "'kl'"]),
+        (on_policy(mixture=1.5), ["stages.0.on_policy.mixture", "less than or equal to 1", "1.5"]),
+        (on_policy(mixture=-0.5), ["on_policy.mixture", "-0.5"]),
+        (on_policy(sampling_temperature=-1), ["on_policy.sampling_temperature", "-1"]),
+        (on_policy(prompt_tokens=0), ["on_policy.prompt_tokens", "0"]),
+        (on_policy(prompt_tokens=32), ["`on_policy.prompt_tokens` 32", "less than", "32", "stage a"]),
+        (on_policy(objective="gkd"), ["on_policy.objective", "gkd"]),
+        (on_policy(objective_weight=0.5, objective="reverse_kl"), ["on_policy", "reverse_kl"]),
+        (on_policy(tokens=0, mixture=0.25), ["`tokens` says how long", "`mixture`"]),
+        (on_policy(mixtur=0.5), ["on_policy.mixtur", "did you mean `mixture`"]),
         ({"corpus": {"sources": []}}, ["corpus.sources"]),
         ({"teacher": {"signals": "top_p"}}, ["teacher.signals", "head_and_tail"]),
         ({"teacher": {"signals": "online", "precision": "int8"}}, ["`precision` belongs to signals hidden"]),

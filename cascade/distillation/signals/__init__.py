@@ -7,13 +7,21 @@ for.
 
 from cascade.distillation.signals.codecs import Codec, make_codec
 from cascade.distillation.signals.reading import Folder, ReadAhead, Shards
-from cascade.distillation.signals.teachers import OnlineTeacher, Part, StoredTeacher, Teacher, batch_ids
+from cascade.distillation.signals.teachers import (
+    LiveTeacher,
+    OnlineTeacher,
+    Part,
+    StoredTeacher,
+    Teacher,
+    batch_ids,
+)
 from cascade.distillation.signals.writing import FinishedShards, write_signals
 
 __all__ = [
     "Codec",
     "FinishedShards",
     "Folder",
+    "LiveTeacher",
     "OnlineTeacher",
     "Part",
     "ReadAhead",

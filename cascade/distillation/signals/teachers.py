@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -46,6 +46,14 @@ class Teacher(Protocol):
         """Of the positions 0..T-2 of some rows of a part, row by row: B * (T - 1) tokens."""
 
 
+@runtime_checkable
+class LiveTeacher(Teacher, Protocol):
+    """One that can answer for any text, not only for what was stored."""
+
+    def over(self, corpus: Corpus) -> LiveTeacher:
+        """The same teacher for the rows of another corpus."""
+
+
 def batch_ids(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.device) -> Tensor:
     """Token ids [B, T], int64, of some rows of a part."""
     source = corpus.train if part is Part.TRAIN else corpus.held_out
@@ -61,6 +69,10 @@ class OnlineTeacher:
         self.model, self.corpus = model.eval(), corpus
         self.head = head_of(model).detach()
 
+    def over(self, corpus: Corpus) -> OnlineTeacher:
+        """See `LiveTeacher.over`."""
+        return OnlineTeacher(self.model, corpus)
+
     def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
         """See `Teacher.targets`."""
         return StateTargets(self.states(part, rows)[:, :-1].flatten(0, 1), self.head)
@@ -69,7 +81,7 @@ class OnlineTeacher:
     def states(self, part: Part, rows: Sequence[int]) -> Tensor:
         """Final hidden states [B, T, E], float32."""
         ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
-        return final_states(self.model, ids_BT).float()
+        return final_states(self.model, ids_BT, self.corpus.positions(ids_BT)).float()
 
 
 class StoredTeacher:

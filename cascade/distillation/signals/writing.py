@@ -19,6 +19,7 @@ from cascade.distillation.signals.codecs import BfloatStates, Codec, Stored
 from cascade.distillation.signals.fidelity import fidelity
 from cascade.distillation.signals.teachers import RECORD, OnlineTeacher, Part, batch_ids, shard_name
 from cascade.distillation.states import Head, check_head, device_of, head_of
+from cascade.models.documents import check_documents_apart
 from cascade.report import SILENT, Report
 from cascade.storage.local import file_sha256
 from cascade.storage.locations import Location
@@ -91,6 +92,7 @@ def write_signals(
     probe = Part.TRAIN if rows else Part.HELD_OUT
     probed = range(min(FIDELITY_ROWS, counts[probe]))
     check_head(model, batch_ids(corpus, probe, [0], device_of(model))[0])
+    check_documents_apart(model, corpus)
     states_BTE, float_head = teacher.states(probe, probed), head.detach().to(device_of(model), torch.float32)
     taught = (codec or exact).fitted(states_BTE, float_head)
     codecs: dict[Part, Codec] = {Part.TRAIN: taught, Part.HELD_OUT: exact}

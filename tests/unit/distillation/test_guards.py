@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cascade.distillation import objectives
 from cascade.distillation.guards import check_before_training
 from cascade.distillation.objectives import Objective
+from cascade.distillation.schedules import WeightSchedule
 from cascade.distillation.settings import DistillSettings, Plan
 from cascade.distillation.signals import OnlineTeacher, Part
 from cascade.errors import CascadeError, InputError
+from cascade.report import Silent
 from tests.unit.distillation.teaching import LENGTH, make_rows, make_student, make_teacher
 
 
@@ -59,6 +63,59 @@ def test_a_parameter_without_a_gradient_is_named() -> None:
     with pytest.raises(CascadeError, match="no finite gradient") as caught:
         check_before_training(student, OnlineTeacher(make_teacher(), make_rows()), make_rows(), make_plan())
     assert "model.layers.1.mlp" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weight", "schedule", "terms"),
+    [
+        (0.0, WeightSchedule.CONSTANT, ["divergence"]),
+        (0.3, WeightSchedule.CONSTANT, ["divergence", "cross-entropy"]),
+        (1.0, WeightSchedule.CONSTANT, ["cross-entropy"]),
+        (1.0, WeightSchedule.LINEAR, ["divergence", "cross-entropy"]),
+    ],
+)
+def test_the_terms_that_a_training_uses_are_measured(
+    weight: float, schedule: WeightSchedule, terms: list[str]
+) -> None:
+    class Lines(Silent):
+        line = ""
+
+        def log(self, message: str) -> None:
+            self.line = message
+
+    corpus, student, report = make_rows(), make_student(), Lines()
+    teacher = OnlineTeacher(make_teacher(), corpus)
+    settings = DistillSettings(
+        tokens=64, batch_rows=1, cross_entropy_weight=weight, cross_entropy_schedule=schedule
+    )
+    sizes = check_before_training(student, teacher, corpus, settings.resolved(32, LENGTH), report)
+    log_q = student(input_ids=corpus.train[:1].long()).logits[0, :-1].log_softmax(-1)
+    log_p = teacher.targets(Part.TRAIN, [0]).logits().log_softmax(-1)
+    expected = {
+        "divergence": functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
+        "cross-entropy": functional.nll_loss(log_q, corpus.train[0, 1:].long()).item(),
+    }
+    assert sizes == {name: pytest.approx(expected[name], rel=1e-5) for name in terms}
+    assert all(f"{name} {sizes[name]:.3f}" in report.line for name in terms)
+
+
+def test_a_term_without_a_gradient_is_found_behind_one_that_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A divergence whose student is detached: the total still has the cross-entropy's gradient."""
+
+    def detached(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        value = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+        return value, torch.zeros_like(log_student)
+
+    monkeypatch.setitem(objectives.DIVERGENCES, Objective.FORWARD_KL, detached)
+    plan = DistillSettings(tokens=64, cross_entropy_weight=0.5).resolved(32, LENGTH)
+    with pytest.raises(CascadeError, match="the divergence gives parameters no finite gradient"):
+        check_before_training(make_student(), OnlineTeacher(make_teacher(), make_rows()), make_rows(), plan)
+
+
+def test_a_row_of_several_documents_passes() -> None:
+    corpus = replace(make_rows(), end_of_text=256)
+    corpus.train[0, [3, 4, 11]] = 256
+    check_before_training(make_student(), OnlineTeacher(make_teacher(), corpus), corpus, make_plan())
 
 
 def test_a_teacher_whose_states_are_not_finite_is_caught() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
-from cascade.distillation.loop import Leg, adamw, distill
+from cascade.distillation.loop import Leg, distill
 from cascade.distillation.objectives import Objective
+from cascade.distillation.schedules import WeightSchedule
 from cascade.distillation.settings import DistillSettings
 from cascade.distillation.signals import OnlineTeacher, Part, StoredTeacher, write_signals
 from cascade.distillation.states import final_states, head_of
+from cascade.distillation.steps import adamw
+from cascade.distillation.targets import StateTargets
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import CascadeError, Interrupted
 from cascade.storage.checkpoints import TrainingCheckpoints
@@ -370,7 +374,118 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_checkpoint(
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    assert len(found[0]["steps"]) == 3
+    # Not the state after step 2, which no loss has shown to be good.
+    assert len(found[0]["steps"]) == 2
+
+
+def test_a_loss_that_jumps_stops_the_run_before_the_weights_change(
+    corpus: Corpus, checkpoints: TrainingCheckpoints, tmp_path: Path
+) -> None:
+    class Spoiled(OnlineTeacher):
+        """Wrong about two rows of step 9: its loss is finite, and far from the others'."""
+
+        def states(self, part: Part, rows: Sequence[int]) -> Tensor:
+            states = super().states(part, rows)
+            return states * -20 if 18 in rows else states
+
+    settings = DistillSettings(tokens=24 * LENGTH, batch_rows=2, micro_rows=1, learning_rate=1e-3)
+    student, undisturbed = make_student(), make_student()
+    with pytest.raises(CascadeError, match="divergence of step 9 jumps") as caught:
+        distill(
+            student,
+            Spoiled(make_teacher(), corpus),
+            corpus,
+            settings=settings,
+            checkpoints=checkpoints,
+            checkpoint_seconds=0,
+        )
+    assert "training rows 18, 19" in str(caught.value)
+    distill(undisturbed, OnlineTeacher(make_teacher(), corpus), corpus, settings=settings, leg=Leg(9 / 12))
+    assert_equal_weights(student, undisturbed)
+    found = checkpoints.latest(tmp_path)
+    assert found is not None
+    # Not the state after step 8: the loss that would have shown it to be good is the one that jumped.
+    assert len(found[0]["steps"]) == 8
+
+
+def read_steps(path: Path) -> list[StepRecord]:
+    return [StepRecord(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_the_step_file_grows_with_the_training_and_has_every_step_once_after_a_crash(
+    corpus: Corpus, teacher: OnlineTeacher, checkpoints: TrainingCheckpoints, tmp_path: Path
+) -> None:
+    path, seen = tmp_path / "steps.jsonl", list[int]()
+
+    def die(record: StepRecord) -> None:
+        seen.append(len(read_steps(path)))
+        if record.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            make_student(),
+            teacher,
+            corpus,
+            settings=SETTINGS,
+            checkpoints=checkpoints,
+            checkpoint_seconds=0,
+            on_step=die,
+            step_file=path,
+        )
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert [step.step for step in read_steps(path)] == list(range(6))
+    steps = distill(
+        make_student(), teacher, corpus, settings=SETTINGS, checkpoints=checkpoints, step_file=path
+    )
+    assert read_steps(path) == steps
+    assert [step.step for step in steps] == list(range(8))
+
+
+def test_the_weight_of_the_cross_entropy_follows_its_schedule(corpus: Corpus, teacher: OnlineTeacher) -> None:
+    settings = replace(
+        SETTINGS, cross_entropy_weight=0.7, cross_entropy_schedule=WeightSchedule.LINEAR, temperature=2.0
+    )
+    steps = distill(make_student(), teacher, corpus, settings=settings)
+    assert [step.cross_entropy_weight for step in steps] == pytest.approx([0.1 * n for n in range(8)])
+    for step in steps:
+        weight = step.cross_entropy_weight
+        assert step.loss == pytest.approx((1 - weight) * 4 * step.kl + weight * step.ce, rel=1e-5)
+
+
+def test_a_step_counts_the_seconds_that_its_teacher_waited(corpus: Corpus) -> None:
+    class Waiting(OnlineTeacher):
+        waited = 5.0
+
+        def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
+            self.waited += 0.25
+            return super().targets(part, rows)
+
+    steps = distill(make_student(), Waiting(make_teacher(), corpus), corpus, settings=SETTINGS)
+    # Two micro-batches a step; what the checks before the training waited is not counted.
+    assert [step.waited for step in steps] == [0.5] * 8
+
+
+@pytest.mark.parametrize("end_of_text", [None, 256], ids=["one-text", "documents"])
+def test_gradient_checkpointing_changes_nothing(corpus: Corpus, end_of_text: int | None) -> None:
+    """With dropout, whose draws have to be made again; the layers run once more for every backward pass."""
+    corpus = replace(corpus, end_of_text=end_of_text)
+    corpus.train[:, 5] = 256
+    teacher = OnlineTeacher(make_teacher(), corpus)
+    plain, saving = make_student(attention_dropout=0.5), make_student(attention_dropout=0.5)
+    passes = {id(plain): 0, id(saving): 0}
+    for student in (plain, saving):
+
+        def count(*_: object, key: int = id(student)) -> None:
+            passes[key] += 1
+
+        student.model.layers[0].mlp.register_forward_pre_hook(count)
+    whole = distill(plain, teacher, corpus, settings=SETTINGS)
+    steps = distill(saving, teacher, corpus, settings=SETTINGS, gradient_checkpointing=True)
+    assert arithmetic(steps) == arithmetic(whole)
+    assert_equal_weights(plain, saving)
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in saving.modules())
+    assert passes[id(saving)] == passes[id(plain)] + 16
 
 
 def test_records_are_json(corpus: Corpus, teacher: OnlineTeacher) -> None:
@@ -379,3 +494,6 @@ def test_records_are_json(corpus: Corpus, teacher: OnlineTeacher) -> None:
     )
     assert StepRecord(**json.loads(json.dumps(vars(step)))) == step
     assert step.tokens_per_second == pytest.approx(LENGTH / step.seconds)
+    # A process that has loaded torch is larger than 50 MB.
+    assert step.memory > 50e6
+    assert step.waited == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from cascade.distillation.objectives import Objective
-from cascade.distillation.settings import DistillSettings, rows_of
+from cascade.distillation.schedules import Schedule, WeightSchedule
+from cascade.distillation.settings import LATER, DistillSettings, rows_of
 from cascade.errors import InputError
 
 
@@ -58,6 +60,23 @@ def test_the_record_is_json_with_every_number_filled_in() -> None:
     record = json.loads(json.dumps(plan.record()))
     assert record == plan.record()
     assert None not in record.values()
+
+
+def test_what_came_later_and_is_at_rest_leaves_a_record_as_it_was() -> None:
+    settings = DistillSettings(tokens=320, cross_entropy_weight=0.5)
+    record = json.loads(json.dumps(settings.record()))
+    assert not set(LATER) & set(record)
+    assert DistillSettings(**record) == settings
+    scheduled = replace(settings, cross_entropy_schedule=WeightSchedule.WSD, schedule=Schedule.COSINE)
+    record = json.loads(json.dumps(scheduled.record()))
+    assert (record["schedule"], record["cross_entropy_schedule"]) == ("cosine", "wsd")
+    again = DistillSettings(**record)
+    assert again == scheduled
+    # A name from JSON is as good as the member.
+    ours, theirs = (made.resolved(hidden=64, sequence_length=16) for made in (again, scheduled))
+    for step in range(ours.steps):
+        assert ours.learning_rate(step) == theirs.learning_rate(step)
+        assert ours.cross_entropy_weight(step) == theirs.cross_entropy_weight(step)
 
 
 @pytest.mark.parametrize(

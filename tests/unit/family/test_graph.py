@@ -11,6 +11,7 @@ import pytest
 from cascade.errors import InputError
 from cascade.family.graph import Graph, Kind, Node, StagePlan
 from cascade.family.layout import build_graph, legs_of
+from cascade.family.pilot import pilot_recipe
 from cascade.family.teachers import Parent
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
@@ -145,6 +146,97 @@ def test_artifacts_lie_by_family_and_stage_and_shared_ones_apart() -> None:
     key = family.stages[0].distilled.key[:12]
     assert place(family.stages[0].distilled) == f"s3://bucket/prefix/tiny/large/distilled/{key}"
     assert place(family.corpus) == f"s3://bucket/prefix/shared/corpus/{family.corpus.key[:12]}"
+
+
+ON_POLICY = {"tokens": 2048, "prompt_tokens": 8, "mixture": 0.25, "objective": "reverse_kl"}
+
+
+def written(index: int, **values: Any) -> list[dict[str, Any]]:
+    stages = tiny_tree(Path("parent"), Path("corpus.jsonl"))["stages"]
+    stages[index]["on_policy"] = {**ON_POLICY, **values}
+    return list(stages)
+
+
+def test_what_a_child_writes_teaches_it_after_its_distillation() -> None:
+    before, family = graph(), graph(stages=written(0))
+    first, second = family.stages
+    node = first.on_policy
+    assert node
+    assert node.name == "large/on_policy"
+    assert node.inputs == {"student": first.distilled, "corpus": family.corpus, "parent": family.parent}
+    assert node.section["writing"] == {"mixture": 0.25, "prompt_tokens": 8, "temperature": 1.0, "seed": 0}
+    assert node.section["distill"]["objective"] == "reverse_kl"
+    # It is what is measured, beside the child before it, and what the next child is cut from.
+    assert (first.evaluated.inputs["distilled"], first.evaluated.inputs["on_policy"]) == (
+        first.distilled,
+        node,
+    )
+    assert (
+        first.checkpoint
+        is second.pruned.inputs["checkpoint"]
+        is second.importance.inputs["checkpoint"]
+        is node
+    )
+    assert second.on_policy is None
+    assert second.checkpoint is second.distilled
+    assert keys(family)["large/distilled"] == keys(before)["large/distilled"]
+    assert keys(family)["parent/evaluated"] == keys(before)["parent/evaluated"]
+
+
+def test_every_dial_of_the_writing_is_part_of_its_key_alone() -> None:
+    before = graph(stages=written(1))
+    dials = {
+        "tokens": 4096,
+        "mixture": 0.5,
+        "prompt_tokens": 9,
+        "sampling_temperature": 0.0,
+        "objective": "jsd",
+        "temperature": 2.0,
+        "learning_rate": 0.5,
+        "batch_tokens": 64,
+    }
+    for name, value in dials.items():
+        after = graph(stages=written(1, **{name: value}))
+        assert changed(before, after) == {"small/on_policy", "small/evaluated"}, name
+    weighted = graph(stages=written(1, objective="jsd", objective_weight=0.9))
+    assert changed(graph(stages=written(1, objective="jsd")), weighted) == {
+        "small/on_policy",
+        "small/evaluated",
+    }
+
+
+def test_an_on_policy_child_is_scored_by_its_own_teachers_running() -> None:
+    models = [{"path": "parent", "weight": 0.5}, {"path": "previous", "weight": 0.5}]
+    family = graph(stages=written(1), teacher={"policy": "mixture", "models": models})
+    node = family.stages[1].on_policy
+    assert node
+    assert set(node.inputs) == {"student", "corpus", "teacher", "teacher-2"}
+    assert node.inputs["teacher-2"] is family.stages[0].distilled
+    assert node.section["weights"] == [0.5, 0.5]
+
+
+def test_controls_are_trained_on_as_many_tokens_as_the_child_and_those_before() -> None:
+    stages = written(1)
+    stages[0]["on_policy"] = ON_POLICY | {"tokens": 1024}
+    scratch, corpus_alone = graph(stages=stages, controls=["scratch", "ce_only"]).controls
+    assert scratch.distilled.section["distill"]["tokens"] == 20480 + 1024 + 4096
+    assert scratch.on_policy
+    assert scratch.on_policy.section["distill"]["tokens"] == 2048
+    assert corpus_alone.distilled.section["distill"]["tokens"] == 4096 + 2048
+    assert corpus_alone.on_policy is None
+
+
+def test_a_pilot_of_it_is_small_too() -> None:
+    recipe = Recipe.model_validate({**tiny_tree(Path("p"), Path("c")), "stages": written(1)})
+    stages = pilot_recipe(recipe, 1, 512).stages
+    assert [stage.on_policy.tokens for stage in stages] == [0, 512]
+    assert stages[1].on_policy.mixture == 0.25
+
+
+def test_the_corpus_must_hold_the_prompts() -> None:
+    stages = written(1, tokens=8_000_000)
+    needs = graph(stages=stages).corpus.hints["needs"]
+    assert {"stage": "small", "tokens": 8_000_000, "epochs": 1} in needs
 
 
 RACERS = (replace(TINY, layers=3), replace(TINY, ffn=88), replace(TINY, hidden=48))

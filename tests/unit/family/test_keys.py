@@ -40,7 +40,8 @@ def old_quickstart() -> Recipe:
     for stage in recipe.stages:
         prune = stage.prune.model_copy(update={"calibration_tokens": 4000, "repair": Repair.NONE})
         stages.append(stage.model_copy(update={"prune": prune}))
-    return recipe.model_copy(update={"stages": tuple(stages)})
+    joined = recipe.corpus.model_copy(update={"separate_documents": False})
+    return recipe.model_copy(update={"stages": tuple(stages), "corpus": joined})
 
 
 def test_an_old_recipe_finds_its_artifacts() -> None:
