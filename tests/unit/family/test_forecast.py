@@ -34,8 +34,8 @@ def printed(**teacher: Any) -> str:
 )
 def test_the_plan_counts_the_bytes_of_the_codec(teacher: dict[str, Any], token_bytes: int) -> None:
     family = graph(teacher=teacher)
-    signals = signals_of(family)
-    assert signals is not None
+    assert family.signals
+    signals = signals_of(family.signals, family.original)
     assert signals.stored_bytes == TRAINED * token_bytes + HELD_OUT * 2 * TINY.hidden
     assert parent_cost(family).stored_bytes == TINY.weight_bytes() + signals.stored_bytes
     said = printed(**teacher)
@@ -45,7 +45,7 @@ def test_the_plan_counts_the_bytes_of_the_codec(teacher: dict[str, Any], token_b
 
 
 def test_the_plan_says_when_nothing_is_stored() -> None:
-    assert signals_of(graph(teacher={"signals": "online"})) is None
+    assert graph(teacher={"signals": "online"}).signals is None
     assert "none are stored" in printed(signals="online")
 
 
@@ -56,6 +56,6 @@ def test_kept_entries_need_no_head_of_the_teacher() -> None:
 
     def training(**teacher: Any) -> int:
         family = graph(teacher=teacher)
-        return stage_cost(family.stages[0], TINY, family).flops
+        return stage_cost(family.stages[0], TINY, family, {node.key for node in family.trunk}).flops
 
     assert training() - training(signals="head_and_tail") == TRAINED * head
