@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cascade.errors import Interrupted
@@ -66,8 +67,11 @@ def test_a_family_with_long_contexts(
     store = str(tmp_path / "store")
     code, said = command("plan", str(recipe))
     assert code == 0
-    assert "large extended" in said and "to 256, yarn" in said and "to 256, theta 80,000" in said
-    assert "rows of 256" in said and "rows of 64" in said
+    assert "large extended" in said
+    assert "to 256, yarn" in said
+    assert "to 256, theta 80,000" in said
+    assert "rows of 256" in said
+    assert "rows of 64" in said
     code, said = command("build", str(recipe), "--direct", "--store", store)
     assert code == 0, said
     assert "long contexts of family tiny" in said
@@ -78,10 +82,12 @@ def test_a_family_with_long_contexts(
     first, second = index["extended"]
     short = index["stages"][0]["checkpoint"]
     manifest = read_manifest(open_location(first["checkpoint"]))
-    assert manifest and manifest.inputs["student"].uri == short
+    assert manifest
+    assert manifest.inputs["student"].uri == short
     small = read_manifest(open_location(index["stages"][1]["checkpoint"]))
     cut = read_manifest(open_location(small.inputs["student"].uri)) if small else None
-    assert cut and cut.inputs["checkpoint"].uri == short
+    assert cut
+    assert cut.inputs["checkpoint"].uri == short
     # One pass of the teacher over the long rows serves both branches.
     assert names.count("large/signals") == names.count("large/corpus") == 1
     assert "small/signals" not in names
@@ -98,7 +104,9 @@ def test_a_family_with_long_contexts(
     assert entries == ["shared", "large", "small", "large extended", "small extended"]
     assert index["ledger"]["over_floor"] > 1
     code, said = command("show", f"{store}/tiny")
-    assert code == 0 and "yarn x 4" in said and "CE extended" in said
+    assert code == 0
+    assert "yarn x 4" in said
+    assert "CE extended" in said
     code, said = command("show", f"{store}/tiny", "--json")
     assert json.loads(said)["extended"] == index["extended"]
     again = built(extended_tree(short_parent, tiny_corpus), tmp_path)
@@ -117,9 +125,8 @@ def test_figures_are_what_stock_transformers_computes_on_long_rows(
     index = built(tree, tmp_path)
     (branch,) = index["extended"]
     manifest = read_manifest(open_location(branch["checkpoint"]))
-    assert manifest and "signals" not in manifest.inputs
-    from safetensors.torch import load_file
-
+    assert manifest
+    assert "signals" not in manifest.inputs
     rows = load_file(Path(manifest.inputs["corpus"].uri) / "held_out.safetensors")["tokens"][:4].long()
     yarn = {
         "rope_type": "yarn",

@@ -156,7 +156,8 @@ def test_settings_that_do_not_reach_are_refused(settings: RopeSettings, words: s
     config = make_model("llama", **SIZES).config
     with pytest.raises(InputError, match=words) as caught:
         extended_config(config, settings, LONG, "stage a, extend.rope")
-    assert caught.value.where == "stage a, extend.rope" and caught.value.remedy
+    assert caught.value.where == "stage a, extend.rope"
+    assert caught.value.remedy
 
 
 def test_a_kept_scaling_that_ends_with_its_positions_is_refused_and_an_open_one_goes_on() -> None:
