@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.architecture import Architecture
 from cascade.data import corpus as corpora
@@ -45,6 +45,7 @@ from cascade.errors import InputError
 from cascade.evaluation.gate import gate
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
+from cascade.family.extension import child_config, teacher_config
 from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
@@ -55,7 +56,12 @@ from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
 from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
-from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
+from cascade.models.folders import (
+    load_folder,
+    load_folder_config,
+    load_folder_tokenizer,
+    save_model,
+)
 from cascade.models.sources import load_tokenizer
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
@@ -113,7 +119,7 @@ def make_signals(place: Workplace) -> Result:
     corpus, section = place.corpus(), place.job.section
     rows = signal_rows(corpus, section["tokens"])
     held_out = held_out_rows(corpus, section["held_out_tokens"])
-    teacher = read_only(place, "parent")
+    teacher = the_model(place, "parent")
     shape, finished = shape_of(teacher), FinishedShards(place.job.training)
     facts = write_signals(
         teacher,
@@ -313,6 +319,24 @@ def make_distilled(place: Workplace) -> Result:
     return done.result({**done.ends, "gate": gate(place.folder, shape_of(done.student).parameters)})
 
 
+def make_extended(place: Workplace) -> Result:
+    """Teach the short child on long rows, with other RoPE settings; the gate admits what comes of it."""
+    folder, trust, section = place.input("student"), place.job.options.trust_remote_code, place.job.section
+    config = child_config(load_folder_config(folder, trust), section["rope"])
+    student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust, config=config)
+    done = train(place, WHOLE, student)
+    tokenizer = load_folder_tokenizer(folder, trust)
+    # A tokenizer warns of text that is longer than this.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, config.max_position_embeddings)
+    save_model(done.student, tokenizer, place.folder)
+    positions = {
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
+    }
+    figures = gate(place.folder, shape_of(done.student).parameters)
+    return done.result({**done.ends, **positions, "gate": figures})
+
+
 def make_corrected(place: Workplace) -> Result:
     """Fine-tune a teacher on the corpus; what LoRA adds is merged, so that it is a model like any other."""
     folder, trust, section = place.input("student"), place.job.options.trust_remote_code, place.job.section
@@ -335,16 +359,26 @@ def make_corrected(place: Workplace) -> Result:
 
 def make_evaluated(place: Workplace) -> Result:
     """Held-out figures of every checkpoint among the inputs, against the parent."""
+    states = ("pruned", "distilled", "on_policy")
+    return measured(place, [name for name in states if name in place.job.inputs] or ["parent"])
+
+
+def make_evaluated_long(place: Workplace) -> Result:
+    """Figures on held-out long rows: the short child with the new RoPE settings, the extended one, the
+    parent."""
+    return measured(place, ["distilled", "extended", "parent"])
+
+
+def measured(place: Workplace, names: list[str]) -> Result:
+    """Held-out figures of these inputs, against the parent."""
     corpus = place.corpus()
     rows = held_out_rows(corpus, place.job.section["held_out_tokens"])
     teacher, parent = the_teacher(place, corpus)
-    states = ("pruned", "distilled", "on_policy")
-    names = [name for name in states if name in place.job.inputs] or ["parent"]
     facts: dict[str, Any] = {}
     flops, length = 0, corpus.sequence_length
     tokens = rows * length
     for name in names:
-        model = read_only(place, name)
+        model = the_model(place, name)
         facts[name] = asdict(evaluate(model, teacher, corpus, range(rows), report=place.report))
         flops += tokens * shape_of(model).forward_flops(length)
     (place.folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -361,7 +395,7 @@ def the_teacher(
     place: Workplace, corpus: Corpus, model: str = "parent", signals: str = "signals"
 ) -> tuple[Teacher, Architecture]:
     """A model among the inputs, from its stored signals where there are any, and its architecture."""
-    found = read_only(place, model)
+    found = the_model(place, model)
     if signals not in place.job.inputs:
         return OnlineTeacher(found, corpus), shape_of(found)
     shards = signal_shards(place, corpus, signals)
@@ -416,10 +450,27 @@ def signal_shards(place: Workplace, corpus: Corpus, signals: str) -> ReadAhead:
     return shards
 
 
-def read_only(place: Workplace, name: str) -> PreTrainedModel:
-    """An input checkpoint for inference."""
-    trust = place.job.options.trust_remote_code
-    return load_folder(place.input(name), place.working_dtype, place.device, trust_remote_code=trust)
+def the_model(place: Workplace, name: str) -> PreTrainedModel:
+    """An input for inference; on long rows with the RoPE settings that the job has for it."""
+    section, trust = place.job.section, place.job.options.trust_remote_code
+    if name == "parent" and "teacher_rope" in section:
+        config = teacher_config(load_folder_config(place.input(name), trust), section["teacher_rope"])
+    elif name == "distilled" and "rope" in section:
+        config = child_config(load_folder_config(place.input(name), trust), section["rope"])
+    else:
+        config = None
+    return read_only(place, name, config)
+
+
+def read_only(place: Workplace, name: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """An input checkpoint for inference; config: in place of its own."""
+    return load_folder(
+        place.input(name),
+        place.working_dtype,
+        place.device,
+        trust_remote_code=place.job.options.trust_remote_code,
+        config=config,
+    )
 
 
 def shape_of(model: PreTrainedModel) -> Architecture:
@@ -439,5 +490,7 @@ WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
     Kind.ON_POLICY: make_distilled,
+    Kind.EXTENDED: make_extended,
     Kind.EVALUATED: make_evaluated,
+    Kind.EVALUATED_LONG: make_evaluated_long,
 }
