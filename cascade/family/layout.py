@@ -274,7 +274,8 @@ class Layout:
         """The legs of a candidate's training, each going on from the last; none without a race."""
         legs: tuple[Node, ...] = ()
         for part in legs_of(racing, steps_of(self.recipe, stage, shape), f"stage {stage.name}"):
-            section = self.training(stage, shape, teaching) | {"part": part} | held_out_section(self.recipe)
+            leg = {"part": part, "judged_tokens": JUDGED_TOKENS} | held_out_section(self.recipe)
+            section = self.training(stage, shape, teaching) | leg
             inputs = self.taught(student, legs, teaching)
             legs += (self.nodes.node(Kind.RACED, stage.name, section, inputs),)
         return legs
@@ -311,6 +312,8 @@ class Layout:
 # The last leg of a race ends here: Minitron saw rankings settle within 200 of its 400 steps (2407.14679,
 # figure 9), and eight candidates then cost 7/4 of one whole training, or 22 % of training all eight.
 RACE_PART = 1 / 4
+# A race is judged on so many tokens at most: all candidates on the same ones, so most of their noise cancels.
+JUDGED_TOKENS = 16_384
 
 
 def legs_of(candidates: int, steps: int, where: str = "") -> list[float]:

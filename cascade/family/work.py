@@ -43,6 +43,7 @@ from cascade.distillation.states import head_of
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
+from cascade.evaluation.loss import cross_entropy
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
 from cascade.family.extension import child_config, teacher_config
@@ -75,9 +76,6 @@ SCORES = "scores.safetensors"
 STEPS = "steps.jsonl"
 METRICS = "metrics.json"
 STATE = "state"
-# A race is judged on so many tokens at most: enough to tell candidates a hundredth of a nat apart, because
-# all are judged on the same ones.
-JUDGED_TOKENS = 16_384
 
 
 def make_corpus(place: Workplace) -> Result:
@@ -277,38 +275,34 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    settings, teacher = settings_of(section), done.taught.teacher
-    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
-    metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
-    end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
-    result = done.result({"end": {"tokens": done.steps[-1].tokens, **end_figures}})
-    judged = len(rows) * done.corpus.sequence_length
-    asked = judged * done.taught.measured_flops
-    own = judged * shape_of(done.student).forward_flops(done.corpus.sequence_length)
-    return replace(result, flops=result.flops + own + asked, teacher_flops=result.teacher_flops + asked)
+    part, rows = judged_rows(done.corpus, settings_of(section), section["judged_tokens"], held_out)
+    ce = cross_entropy(done.student, done.corpus, part, rows, report=place.report)
+    result = done.result({"end": {"tokens": done.steps[-1].tokens, "ce": ce}})
+    length = done.corpus.sequence_length
+    own = len(rows) * length * shape_of(done.student).forward_flops(length)
+    return replace(result, flops=result.flops + own)
 
 
 def taught_whole(teacher: Teacher) -> bool:
-    """Whether the teacher answers for training rows with whole distributions, which a measurement needs."""
+    """Whether the teacher answers for training rows with whole distributions."""
     return teacher.whole(Part.TRAIN) if isinstance(teacher, StoredTeacher) else True
 
 
 def judged_rows(
-    corpus: Corpus, settings: DistillSettings, held_out: int, *, measurable: bool = True
+    corpus: Corpus, settings: DistillSettings, tokens: int, held_out: int
 ) -> tuple[Part, list[int]]:
-    """Rows that no leg of a race trains on, the same for all: the training's last ones.
+    """Rows of so many tokens that no leg of a race trains on, the same for all: first those that the whole
+    training never reaches.
 
-    Where every row is seen before the race is over, or training rows are not `measurable` because their
-    distributions are not stored whole, they are the `held_out` rows that are evaluated.
+    Where every row is seen before the race is over, they are the `held_out` rows that are evaluated.
     """
     whole = rows_of(settings.tokens, corpus.sequence_length)
     # The last leg ends with a whole step.
     last = math.ceil(RACE_PART * whole) + (settings.batch_rows or 1)
     raced = {corpus.row(position) for position in range(last)}
-    unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
-    most = max(1, JUDGED_TOKENS // corpus.sequence_length)
-    rows = [row for row in unseen if row not in raced][:most]
-    return (Part.TRAIN, rows) if rows and measurable else (Part.HELD_OUT, list(range(min(most, held_out))))
+    most = max(1, tokens // corpus.sequence_length)
+    rows = [row for row in reversed(range(len(corpus.train))) if row not in raced][:most]
+    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, held_out))))
 
 
 def make_distilled(place: Workplace) -> Result:
@@ -404,11 +398,10 @@ def the_teacher(
 
 @dataclass(frozen=True)
 class Taught:
-    """Who teaches. flops: that this takes for a token that is trained; measured_flops: for one measured."""
+    """Who teaches. flops: that this takes for a token that is trained."""
 
     teacher: Teacher
     flops: int = 0
-    measured_flops: int = 0
 
 
 def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
@@ -417,14 +410,13 @@ def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
     names = ["parent"] if "parent" in inputs else [role("teacher", i) for i in range(len(weights))]
     if names[0] not in inputs:
         return Taught(CorpusTeacher(corpus, vocabulary))
-    teachers, flops, measured, length = [], 0, 0, corpus.sequence_length
+    teachers, flops, length = [], 0, corpus.sequence_length
     for index, name in enumerate(names):
         signals = role("signals", index)
         teacher, shape = the_teacher(place, corpus, name, signals)
         teachers.append(teacher)
         flops += teacher_flops(shape, length, signals in inputs, taught_whole(teacher))
-        measured += teacher_flops(shape, length, signals in inputs)
-    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops, measured)
+    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops)
 
 
 # Signals up to this size stay in the cache folder for the stages that follow.

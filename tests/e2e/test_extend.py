@@ -120,7 +120,7 @@ def test_figures_are_what_stock_transformers_computes_on_long_rows(
     """Of the extended child as stored, and of the parent with the recipe's settings written in by hand."""
     tree = extended_tree(short_parent, tiny_corpus)
     tree["stages"] = tree["stages"][:1]
-    tree["corpus"]["held_out_tokens"] = 1024
+    tree["corpus"] |= {"held_out_tokens": 1024, "separate_documents": False}
     tree["teacher"]["signals"] = "online"
     index = built(tree, tmp_path)
     (branch,) = index["extended"]
