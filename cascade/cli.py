@@ -155,7 +155,7 @@ def pilot(
             return build_direct(graph, run_options(graph.recipe, root, options), report)
 
         place = Path(run_options(trees[0], store, options).cache)
-        table = run_pilot(trees, count_of(tokens), store, place, make)
+        table = run_pilot(trees, count_of(tokens), store, place, make, device)
     for shown in pilot_tables(table):
         output().print(shown)
     output().print(f"stored in {table['store']}", soft_wrap=True, highlight=False)

@@ -88,7 +88,7 @@ def fused_distillation_loss(
     temperature that the targets or the objective do not take.
     """
     _require_known(targets, objective, temperature)
-    targets = aligned(targets, student_head.vocabulary)
+    targets = aligned(targets, student_head.vocabulary).to(student_hidden.device, student_hidden.dtype)
     kept = (labels != IGNORED).nonzero().squeeze(1)
     if len(kept) < len(labels):
         student_hidden, targets, labels = student_hidden[kept], targets[kept], labels[kept]
@@ -153,7 +153,6 @@ class _FusedDistillation(torch.autograd.Function):
         # Under autocast the caller has already chosen the dtype of the states: keep to it.
         with torch.autocast(student_ND.device.type, enabled=False):
             head = head.narrowed(targets.vocabulary).to(student_ND.device, student_ND.dtype)
-            targets = targets.to(student_ND.device, student_ND.dtype)
             for part, grad_CV in _gradients(student_ND, head, targets, labels_N, plan, sums):
                 grad_CV = grad_CV.to(student_ND.dtype)
                 if grad_ND is not None:

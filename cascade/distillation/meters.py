@@ -58,13 +58,18 @@ class StepFile:
         it trained after its last snapshot are trained again."""
         self._path = path
         if path:
-            path.write_text("".join(map(_line, steps)), "utf-8")
+            write_steps(path, steps)
 
     def append(self, step: StepRecord) -> None:
         """Add a finished step."""
         if self._path:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(_line(step))
+
+
+def write_steps(path: Path, steps: Sequence[StepRecord]) -> None:
+    """One line of JSON for each."""
+    path.write_text("".join(map(_line, steps)), "utf-8")
 
 
 def _line(step: StepRecord) -> str:

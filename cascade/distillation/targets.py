@@ -17,6 +17,8 @@ from cascade.errors import InputError
 
 Index = slice | Tensor
 
+SLACK = 1e-6
+"""Of the sum of a mixture's weights, which a person writes in decimals."""
 PADDING = 1024
 """Most entries by which two vocabularies may differ and still be taken for one with other padding; 128
 between the Qwen2.5 models (152064 and 151936). Whether the tokens are the same is for
@@ -101,7 +103,7 @@ class MixedTargets:
     def __post_init__(self) -> None:
         """Raises InputError for weights that are none, or teachers that do not fit together."""
         right = [weight > 0 for weight in self.weights]
-        if len(right) != len(self.parts) or not all(right) or not math.isclose(sum(self.weights), 1):
+        if len(right) != len(self.parts) or not all(right) or abs(sum(self.weights) - 1) > SLACK:
             raise InputError(
                 "a mixture of teachers needs one positive weight for each, with the sum 1",
                 value=f"{len(self.parts)} teachers, weights {', '.join(map(str, self.weights))}",

@@ -33,13 +33,14 @@ class StepRecord:
     loss: float
     kl: float
     ce: float
-    cross_entropy_weight: float
     lr: float
     grad_norm: float
     tokens_per_second: float
-    waited: float
-    memory: int
     seconds: float
+    # Older snapshots know nothing of these.
+    cross_entropy_weight: float = 0.0
+    waited: float = 0.0
+    memory: int = 0
     own_targets: int = 0
 
 
@@ -81,7 +82,9 @@ class Training:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All that is trained."""
-        return self.student.named_parameters()
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
 
     def random_state(self) -> dict[str, Tensor]:
         """The states of the generators that a forward pass may draw from."""
@@ -116,6 +119,7 @@ class Training:
             if found is None or found[0]["plan"] != self.progress.plan:
                 return False
             record, tensors = found
+            steps = [StepRecord(**step) for step in record["steps"]]
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
                     parameter.copy_(tensors[f"weight.{name}"])
@@ -126,7 +130,7 @@ class Training:
             torch.set_rng_state(tensors["random.cpu"].clone())
             if self.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"].clone(), self.device)
-        self.progress.steps = [StepRecord(**step) for step in record["steps"]]
+        self.progress.steps = steps
         return True
 
 
@@ -134,7 +138,7 @@ class Keeper:
     """Stores a training's states, at intervals of so many seconds and when it has to stop.
 
     A state is stored at an interval only once the next step has shown that its loss is healthy: what a later
-    step finds broken was never kept as good.
+    step finds broken was never kept as good. Where a run is asked to stop there is no next step.
     """
 
     def __init__(self, training: Training, checkpoints: TrainingCheckpoints | None, seconds: float) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cascade.architecture import Architecture
 from cascade.data.corpus import require_tokens
 from cascade.data.sources import Source, fingerprint
 from cascade.distillation.lora import require_peft
 from cascade.distillation.states import check_head
+from cascade.distillation.targets import PADDING
 from cascade.errors import InputError
 from cascade.family.extension import require_extensions
 from cascade.family.graph import Graph, Node
@@ -72,10 +74,7 @@ def plan_family(recipe: Recipe, cache: Path, device: str = "") -> Graph:
     """
     prints = tuple(fingerprint(Source(**source.model_dump())) for source in recipe.corpus.sources)
     parent = found_model(recipe, recipe.parent, cache)
-    others = {
-        reference: found_model(recipe, reference, cache, parent.tokenizer)
-        for reference in given_models(recipe)
-    }
+    others = {reference: found_model(recipe, reference, cache, parent) for reference in given_models(recipe)}
     if recipe.teacher.correction is Correction.LORA:
         require_peft()
     planner = FamilyPlanner(
@@ -130,17 +129,32 @@ def given_models(recipe: Recipe) -> list[str]:
     )
 
 
-def found_model(
-    recipe: Recipe, reference: str, cache: Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Found:
-    """Read a model's config; raises InputError if it cannot be distilled, or has another tokenizer."""
+def found_model(recipe: Recipe, reference: str, cache: Path, parent: Found | None = None) -> Found:
+    """Read a model's config; raises InputError if it cannot be distilled, or has another tokenizer than the
+    parent, or more entries beyond it than padding explains."""
     trust = recipe.trust_remote_code
     source = resolve_parent(reference, trust_remote_code=trust, cache=cache)
     found = Found(source, decoder_of(empty_model_of(load_config(source), trust_remote_code=trust)))
     require_plain_head(found.decoder)
-    if tokenizer is not None:
-        require_same_tokenizer(tokenizer, found.tokenizer, where=reference)
+    if parent is not None:
+        require_same_tokenizer(parent.tokenizer, found.tokenizer, where=reference)
+        require_padding(recipe, parent.decoder.architecture, found.decoder.architecture, reference)
     return found
+
+
+def require_padding(recipe: Recipe, parent: Architecture, other: Architecture, reference: str) -> None:
+    """Raise InputError for a vocabulary that the loss would refuse, before anything is computed for it."""
+    more, kept = other.vocabulary - parent.vocabulary, recipe.teacher.signals
+    if abs(more) <= PADDING and not (more and kept.keeps_entries):
+        return
+    raise InputError(
+        "the vocabularies differ by more than padding"
+        if abs(more) > PADDING
+        else f"signals {kept.value} keep entries of one vocabulary, and these differ in their padding",
+        value=f"{other.vocabulary:,} entries, the parent's {parent.vocabulary:,}",
+        where=reference,
+        remedy="pad both alike" if abs(more) > PADDING else "use `signals: hidden`",
+    )
 
 
 def require_any_winner(recipe: Recipe, planner: FamilyPlanner) -> None:

@@ -56,10 +56,12 @@ def pilot(
     store: str,
     cache: Path,
     build: Callable[[Graph, str], Json],
+    device: str = "",
 ) -> Json:
     """Build every recipe's pilot and write the table; returns it.
 
-    build: makes a planned family in a store and returns its index. Raises InputError for fewer than two
+    build: makes a planned family in a store and returns its index. device: a torch device that latencies are
+    measured on; chosen when empty. Raises InputError for fewer than two
     recipes, and for recipes whose children do not compare: another parent, corpus, seed or shape.
     """
     if len(recipes) < 2:
@@ -71,7 +73,8 @@ def pilot(
         )
     root = pilot_root(recipes, store)
     graphs = [
-        plan_family(pilot_recipe(recipe, number, tokens), cache) for number, recipe in enumerate(recipes, 1)
+        plan_family(pilot_recipe(recipe, number, tokens), cache, device)
+        for number, recipe in enumerate(recipes, 1)
     ]
     for number, graph in enumerate(graphs[1:], 2):
         require_comparable(graphs[0], graph, number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from cascade.data.sources import Source, documents, fingerprint
 from cascade.distillation.labels import CorpusTeacher
 from cascade.distillation.loop import WHOLE, Leg, distill
 from cascade.distillation.lora import LowRank
+from cascade.distillation.meters import write_steps
 from cascade.distillation.mixture import MixedTeacher, live
 from cascade.distillation.objectives import Objective
 from cascade.distillation.on_policy import OwnRows, Writing
@@ -230,7 +230,8 @@ def train(place: Workplace, leg: Leg, student: PreTrainedModel | None = None) ->
             report=place.report,
             should_stop=place.stop,
         )
-    shutil.move(place.step_file, place.folder / STEPS)
+    write_steps(place.folder / STEPS, steps)
+    place.step_file.unlink(missing_ok=True)
     tokens = steps[-1].tokens - before
     written = writing.own_before(tokens // corpus.sequence_length) if writing else 0
     return Trained(student, taught, corpus, steps, tokens, checkpoints, written)
