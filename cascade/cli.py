@@ -19,6 +19,7 @@ from cascade.console import (
     ConsoleReport,
     Json,
     control_tables,
+    extended_tables,
     family_table,
     ledger_table,
     pilot_tables,
@@ -108,8 +109,8 @@ def build(
             report.log("interrupted; run the same command to go on")
             raise typer.Exit(INTERRUPTED) from None
     print_family(index)
-    for stage in index["stages"]:
-        output().print(f"{stage['name']}: {stage['checkpoint']}", soft_wrap=True, highlight=False)
+    for child in (*index["stages"], *index["extended"]):
+        output().print(f"{child['name']}: {child['checkpoint']}", soft_wrap=True, highlight=False)
 
 
 def build_direct(graph: Graph, run: RunOptions, report: ConsoleReport) -> Json:
@@ -223,8 +224,9 @@ def verify(uri: Uri) -> None:
 
 
 def print_family(index: Json) -> None:
-    """The family's table, one for each race, and one for the controls."""
-    for table in (family_table(index), *race_tables(index), *control_tables(index)):
+    """The family's table, one for each race, one for long contexts, and one for the controls."""
+    tables = (*race_tables(index), *extended_tables(index), *control_tables(index))
+    for table in (family_table(index), *tables):
         output().print(table)
 
 

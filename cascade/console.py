@@ -132,6 +132,63 @@ def family_rows(index: Json) -> list[list[str]]:
     return rows
 
 
+def extended_tables(index: Json) -> list[Table]:
+    """The children whose context was extended, where there are any."""
+    if not index.get("extended"):
+        return []
+    table = Table(title=f"long contexts of family {index['family']}", title_justify="left")
+    for column in EXTENDED_COLUMNS:
+        table.add_column(column, justify="left" if column in ("model", "RoPE") else "right")
+    for row in extended_rows(index):
+        table.add_row(*row)
+    return [table]
+
+
+EXTENDED_COLUMNS = (
+    "model",
+    "rows of",
+    "RoPE",
+    "CE parent",
+    "CE before",
+    "CE extended",
+    "KL before",
+    "KL to parent",
+    "top-1",
+    "tokens trained",
+    "seconds",
+    "state",
+)
+
+
+def extended_rows(index: Json) -> list[list[str]]:
+    """Extended children as text cells; figures are of held-out long rows, `before`: with the RoPE settings
+    alone."""
+    return [
+        [
+            row["name"],
+            f"{row['sequence_length']:,}",
+            rope_text(row["rope_parameters"]),
+            f"{row['parent_held_out_ce']:.3f}",
+            f"{row['before_held_out_ce']:.3f}",
+            f"{row['held_out_ce']:.3f}",
+            f"{row['before_kl_to_parent']:.3f}",
+            f"{row['kl_to_parent']:.3f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['tokens_trained']:,}",
+            f"{row['seconds']:,.0f}",
+            "reused" if row["reused"] else "made",
+        ]
+        for row in index["extended"]
+    ]
+
+
+def rope_text(parameters: Json) -> str:
+    """`yarn x 4, theta 10,000`; of full attention where layers differ."""
+    own = parameters.get("full_attention", parameters)
+    scaling = f"{own['rope_type']} x {own['factor']:g}, " if own.get("factor") else ""
+    return f"{scaling}theta {own['rope_theta']:,.0f}"
+
+
 def control_tables(index: Json) -> list[Table]:
     """The last child and its controls, where there are any."""
     if not index.get("controls"):

@@ -1,4 +1,4 @@
-"""The dials of a stage: how its child is cut, and how it is taught."""
+"""The dials of a stage: how its child is cut, how it is taught, and how its context is extended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cascade.distillation.objectives import Objective, check_weight
 from cascade.distillation.schedules import Schedule, WeightSchedule
 from cascade.fields import Bytes, Count, Section, setting
 from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
+from cascade.models.positions import RopeSettings, RopeType
 from cascade.planning.axes import Axis
 from cascade.presets import AXES, FIELDS, Preset
 from cascade.pruning.repair import Repair
@@ -308,3 +309,78 @@ class OnPolicy(Section):
     def prompt_of(self, sequence_length: int) -> int:
         """Tokens of the prompt in rows of this length."""
         return self.prompt_tokens or max(1, sequence_length // 2)
+
+
+class Rope(Section):
+    """What of a decoder's rotary positions (RoPE) changes for long rows; what is left empty stays."""
+
+    theta: float | None = setting(
+        None, 0, "Theta", "Base of the frequencies (`rope_theta`); as it is when empty.", gt=1
+    )
+    type: RopeType = setting(
+        RopeType.NONE,
+        1,
+        "Type",
+        "Scaling of the frequencies: linear, yarn, llama3; none: as it is.",
+    )
+    factor: float | None = setting(
+        None,
+        2,
+        "Factor",
+        "Of the scaling; when empty the rows' length over `original_length`.",
+        gt=1,
+        le=1024,
+    )
+    original_length: Count | None = setting(
+        None,
+        3,
+        "Original length",
+        "Of the scaling: tokens that the decoder was made for; when empty its config says so.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def dials_of_the_scaling(self) -> Rope:
+        """Nothing is set that only a scaling has."""
+        for name in ("factor", "original_length"):
+            if self.type is RopeType.NONE and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` belongs to a `type`: linear, yarn or llama3")
+        return self
+
+    @property
+    def settings(self) -> RopeSettings:
+        """Plain values."""
+        return RopeSettings(self.theta, self.type, self.factor, self.original_length)
+
+
+class Extend(Section):
+    """The long-context stage: the distilled child is taught on longer rows, beside the family's trunk."""
+
+    sequence_length: int | None = setting(
+        None,
+        0,
+        "Sequence length",
+        "Tokens of a long row, more than `corpus.sequence_length`; empty: no long-context stage.",
+        ge=8,
+        le=1_048_576,
+    )
+    tokens: Count = setting(0, 1, "Tokens", "Training tokens of long rows, rounded up to whole ones.", ge=0)
+    epochs: int = setting(
+        1, 2, "Epochs", "How often the long rows may be repeated to reach `tokens`.", ge=1, le=1000
+    )
+    rope: Rope = setting(Rope(), 3, "RoPE", "The child's rotary positions.")
+    learning_rate: float | None = setting(
+        None, 4, "Learning rate", "Peak learning rate; as in `distill` when empty.", gt=0, le=1
+    )
+    batch_tokens: Count | None = setting(
+        None, 5, "Batch tokens", "Tokens of one optimiser step; as in `distill` when empty.", ge=8
+    )
+
+    @model_validator(mode="after")
+    def rows_and_tokens(self) -> Extend:
+        """A length and tokens go together; without them nothing else is set."""
+        if self.sequence_length is None and self != Extend.model_construct():
+            raise ValueError("`extend` needs a `sequence_length`")
+        if self.sequence_length is not None and not self.tokens:
+            raise ValueError("`extend` needs `tokens`, 1 or more")
+        return self

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ValidationError, model_validator
 
-from cascade.dials import DIALS, Distill, OnPolicy, Prune, Shape
+from cascade.dials import DIALS, Distill, Extend, OnPolicy, Prune, Rope, Shape
 from cascade.distillation.objectives import Objective
 from cascade.errors import InputError
 from cascade.fields import Count, Section, setting
@@ -159,6 +159,12 @@ class Teacher(Section):
         "Correction",
         "What is fine-tuned: full, every weight; lora, low-rank additions (needs the extra `lora`).",
     )
+    rope: Rope = setting(
+        Rope(),
+        7,
+        "RoPE",
+        "The parent's rotary positions where rows of `extend` are longer than its config allows.",
+    )
 
     @model_validator(mode="after")
     def dials_of_the_codec(self) -> Teacher:
@@ -227,6 +233,7 @@ class Stage(Section):
     on_policy: OnPolicy = setting(
         OnPolicy(), 5, "On policy", "How it is then taught by what it writes itself; nothing by default."
     )
+    extend: Extend = setting(Extend(), 6, "Extend", "How its context is extended, beside the next stages.")
 
     @model_validator(mode="after")
     def one_start(self) -> Stage:
@@ -242,6 +249,11 @@ class Stage(Section):
         if self.student is Student.SCRATCH and (written := self.prune.of_the_cut):
             raise ValueError(f"a student from scratch is not cut; leave {written} out of `prune`")
         return self
+
+    @property
+    def extends(self) -> bool:
+        """Whether it has a long-context stage."""
+        return self.extend.sequence_length is not None
 
 
 class Recipe(Section):
@@ -294,6 +306,20 @@ class Recipe(Section):
             raise ValueError(
                 f"teacher.models: give one for all stages or one for each of {len(self.stages)}, not {models}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def longer_rows(self) -> Recipe:
+        """Rows of a long-context stage are longer, and a teacher's RoPE settings are there for them."""
+        short, stages = self.corpus.sequence_length, [stage for stage in self.stages if stage.extends]
+        for stage in stages:
+            if (length := stage.extend.sequence_length or 0) <= short:
+                raise ValueError(
+                    f"stage {stage.name}: extend.sequence_length must be more than corpus.sequence_length "
+                    f"({short}), not {length}"
+                )
+        if self.teacher.rope != Rope() and not stages:
+            raise ValueError("`teacher.rope` is for rows of `extend`, and no stage has it")
         return self
 
     @model_validator(mode="after")
@@ -439,7 +465,8 @@ def describe_problem(problem: Any) -> str:
 
 def suggestion(key: str) -> str:
     """The known key that looks most like `key`, ready to be appended to a message."""
-    models = (Recipe, Corpus, Source, Teacher, TeacherModel, Stage, Prune, Shape, Distill, OnPolicy)
+    models: list[type[Section]] = [Recipe, Corpus, Source, Teacher, TeacherModel]
+    models += [Stage, Prune, Shape, Distill, OnPolicy, Extend, Rope]
     known = sorted({name for model in models for name in model.model_fields})
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""

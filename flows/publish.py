@@ -20,8 +20,10 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from cascade.console import (
+    EXTENDED_COLUMNS,
     FAMILY_COLUMNS,
     ConsoleReport,
+    extended_rows,
     family_rows,
     figures_text,
     race_columns,
@@ -141,7 +143,10 @@ def family_card(index: dict[str, Any]) -> str:
     """The family as Markdown. S3 URIs stand as code: the UI strips links to them."""
     lines = [f"# Family {index['family']}", "", markdown_table(FAMILY_COLUMNS, family_rows(index))]
     lines += ["", "Cross-entropy (CE) and KL are held-out, in nats a token.", "", "## Checkpoints", ""]
-    lines += [f"- {stage['name']}: `{stage['checkpoint']}`" for stage in index["stages"]]
+    children = [*index["stages"], *index.get("extended", [])]
+    lines += [f"- {child['name']}: `{child['checkpoint']}`" for child in children]
+    if index.get("extended"):
+        lines += ["", "## Long contexts", "", markdown_table(EXTENDED_COLUMNS, extended_rows(index))]
     return "\n".join(lines) + "\n"
 
 

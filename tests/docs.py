@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic_core import PydanticUndefined
 
-from cascade.dials import Distill, OnPolicy, Prune, Shape
+from cascade.dials import Distill, Extend, OnPolicy, Prune, Rope, Shape
 from cascade.fields import Section
 from cascade.planning.axes import Axis
 from cascade.recipe import Corpus, Options, Recipe, Source, Stage, Teacher, load_recipe
@@ -25,11 +25,14 @@ SECTIONS: dict[str, type[Section]] = {
     "corpus.sources[].": Source,
     "teacher.": Teacher,
     "teacher.models[].": TeacherModel,
+    "teacher.rope.": Rope,
     "stages[].": Stage,
     "stages[].prune.": Prune,
     "stages[].prune.shape.": Shape,
     "stages[].distill.": Distill,
     "stages[].on_policy.": OnPolicy,
+    "stages[].extend.": Extend,
+    "stages[].extend.rope.": Rope,
 }
 
 

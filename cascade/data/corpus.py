@@ -78,15 +78,18 @@ class Corpus:
         return int(self._order[place])
 
 
-def require_tokens(rows: int, sequence_length: int, *, stage: str, tokens: int, epochs: int) -> None:
-    """InputError if `epochs` passes over `rows` training rows are fewer tokens than a stage asks for."""
+def require_tokens(
+    rows: int, sequence_length: int, *, stage: str, tokens: int, epochs: int, part: str = "distill"
+) -> None:
+    """InputError if `epochs` passes over `rows` training rows are fewer tokens than a part of a stage asks
+    for."""
     needed = math.ceil(math.ceil(tokens / sequence_length) / rows)
     if needed > epochs:
         raise InputError(
             f"the corpus is too short: it has {rows * sequence_length} training tokens, so {tokens} tokens "
             f"take {needed} epochs",
             value=f"tokens: {tokens}, epochs: {epochs}",
-            where=f"stage {stage}, distill",
+            where=f"stage {stage}, {part}",
             remedy=f"ask for the repetition with `epochs: {needed}`, train fewer tokens, or add text",
         )
 

@@ -47,10 +47,9 @@ def evaluate(
     corpus: Corpus,
     rows: Sequence[int],
     *,
-    part: Part = Part.HELD_OUT,
     report: Report = SILENT,
 ) -> Metrics:
-    """Measure `model` on some rows of a part of the corpus. Sums are float64.
+    """Measure `model` on some held-out rows of the corpus. Sums are float64.
 
     Raises InputError for a model whose vocabulary or head does not fit, or for no rows.
     """
@@ -64,15 +63,15 @@ def evaluate(
     model.eval()
     vocabulary = head_of(model).vocabulary
     device = device_of(model)
-    check_head(model, batch_ids(corpus, part, rows[:1], device)[0])
+    check_head(model, batch_ids(corpus, Part.HELD_OUT, rows[:1], device)[0])
     check_documents_apart(model, corpus)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     chunk, seconds = chunk_tokens(vocabulary), 0.0
     size = max(1, BATCH_TOKENS // corpus.sequence_length)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        batch = batch_of(corpus, part, some, device)
-        answers = aligned(teacher.targets(part, some), vocabulary).to(device, torch.float32)
+        batch = batch_of(corpus, Part.HELD_OUT, some, device)
+        answers = aligned(teacher.targets(Part.HELD_OUT, some), vocabulary).to(device, torch.float32)
         began = _now(device)
         model_ND = final_states(model, batch.ids, batch.positions)[:, :-1].flatten(0, 1)
         seconds += _now(device) - began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,6 +17,7 @@ from cascade.data.sources import Source, fingerprint
 from cascade.distillation.lora import require_peft
 from cascade.distillation.states import check_head
 from cascade.errors import InputError
+from cascade.family.extension import require_extensions
 from cascade.family.graph import Graph, Node
 from cascade.family.index import Json, family_index, has_index, write_index
 from cascade.family.job import Job, RunOptions, job_of
@@ -37,6 +38,8 @@ from cascade.storage.locations import check_store, open_location
 from cascade.storage.manifest import Manifest
 
 LARGE = 100.0
+# Of the index, and of the graph.
+PARTS = ("stages", "extended", "controls")
 
 RunJob = Callable[[Job], Outcome]
 OnIndex = Callable[[Json], None]
@@ -92,6 +95,7 @@ def plan_family(recipe: Recipe, cache: Path, device: str = "") -> Graph:
     }
     planner = replace(planner, given=given)
     require_any_winner(recipe, planner)
+    require_extensions(recipe, parent.decoder, {name: model.decoder for name, model in others.items()})
     described = {reference: model.described for reference, model in others.items()}
     return build_graph(recipe, parent.described, planner, prints, given=described)
 
@@ -178,12 +182,13 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
         index = family_index(graph, store, done, options.run)
         on_index(index)
         # An interrupted rebuild must not hide the stages of the build before it.
-        complete = all(len(index[part]) == len(getattr(graph, part)) for part in ("stages", "controls"))
+        complete = all(len(index[part]) == len(getattr(graph, part)) for part in PARTS)
         if not rebuilt or complete:
             write_index(index, store)
         return index
 
-    require_enough(graph, make(graph.corpus))
+    for corpus in graph.corpora:
+        require_enough(corpus, make(corpus))
     for node in graph.trunk:
         make(node)
     index = publish(graph)
@@ -197,17 +202,18 @@ def build(graph: Graph, options: RunOptions, run: RunJob, on_index: OnIndex = la
         for node in (stage.pruned, *stage.trained, stage.evaluated):
             make(node)
         index = publish(graph)
-    for control in graph.controls:
-        for node in control:
+    beside: list[Iterable[Node]] = [*graph.extended, *graph.controls]
+    for group in beside:
+        for node in group:
             make(node)
         index = publish(graph)
     return index
 
 
-def require_enough(graph: Graph, corpus: Manifest) -> None:
-    """Raise InputError if a stage wants more tokens than the corpus has in the epochs it allows.
+def require_enough(corpus: Node, made: Manifest) -> None:
+    """Raise InputError if a stage wants more tokens than a corpus has in the epochs it allows.
 
     The corpus checks this before it is stored; one that is reused was perhaps made for shorter stages.
     """
-    for need in graph.corpus.hints["needs"]:
-        require_tokens(corpus.facts["train_rows"], corpus.facts["sequence_length"], **need)
+    for need in corpus.hints["needs"]:
+        require_tokens(made.facts["train_rows"], made.facts["sequence_length"], **need)

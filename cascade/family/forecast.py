@@ -13,10 +13,11 @@ from cascade.architecture import Architecture
 from cascade.distillation.settings import rows_of
 from cascade.distillation.signals.codecs import BfloatStates, Codec, codec_of
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
-from cascade.family.graph import Graph, Kind, Lesson, Node, StageNodes
+from cascade.family.graph import ExtendedNodes, Graph, Kind, Lesson, Node, StageNodes
+from cascade.models.positions import RopeType
 from cascade.planning.cost import cost_of_cuts
 from cascade.pruning.repair import Repair, can_fit
-from cascade.recipe import Recipe, Stage
+from cascade.recipe import Stage
 from cascade.roles import Control, Correction, Student
 
 # Share of the matmul rate that a whole training step reaches: SmolLM2-135M trains at about 0.6 of the
@@ -43,12 +44,14 @@ def parent_cost(graph: Graph) -> Cost:
 
 @dataclass(frozen=True)
 class SignalsCost:
-    """What the teacher's signals take. token_bytes: of a training token; expected where entries are drawn."""
+    """What the teacher's signals take. token_bytes: of a training token; expected where entries are drawn.
+    rows_of: tokens of a row."""
 
     codec: Codec
     tokens: int
     held_out_tokens: int
     teacher: Architecture
+    rows_of: int
 
     @property
     def stored_bytes(self) -> int:
@@ -65,7 +68,8 @@ class SignalsCost:
         about = "about " if self.codec.flat else ""
         return (
             f"teacher signals: {self.codec.name}, {about}{self.codec.token_bytes():,.0f} bytes a token, "
-            f"{self.tokens:,} training and {self.held_out_tokens:,} held-out tokens: "
+            f"{self.tokens:,} training and {self.held_out_tokens:,} held-out tokens in "
+            f"rows of {self.rows_of:,}: "
             f"{self.stored_bytes / 1e6:,.1f} MB"
         )
 
@@ -74,7 +78,8 @@ def signals_of(signals: Node, teacher: Architecture) -> SignalsCost:
     """What will be stored of a teacher."""
     section = signals.section
     codec = codec_of(section, teacher.hidden, teacher.vocabulary)
-    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], teacher)
+    rows_of = signals.inputs["corpus"].section["sequence_length"]
+    return SignalsCost(codec, section["tokens"], section["held_out_tokens"], teacher, rows_of)
 
 
 NO_SIGNALS = "teacher signals: none are stored, the teacher runs beside every student"
@@ -82,21 +87,23 @@ NO_SIGNALS = "teacher signals: none are stored, the teacher runs beside every st
 
 def all_signals(graph: Graph) -> list[SignalsCost]:
     """What will be stored of every teacher, each once."""
-    lessons = [lesson for stage in (*graph.stages, *graph.controls) for lesson in stage.teaching.lessons]
+    taught: list[StageNodes | ExtendedNodes] = [*graph.stages, *graph.extended, *graph.controls]
+    lessons = [lesson for one in taught for lesson in one.teaching.lessons]
     found = {lesson.node.key: lesson for lesson in lessons if lesson.node.kind is Kind.SIGNALS}
     return [signals_of(lesson.node, lesson.model) for lesson in found.values()]
 
 
-def evaluation_cost(model: Architecture, graph: Graph) -> int:
-    """FLOPs of measuring one model against the parent."""
-    length = graph.recipe.corpus.sequence_length
-    parent = teacher_flops(graph.original, length, graph.signals is not None)
+def evaluation_cost(model: Architecture, graph: Graph, branch: ExtendedNodes | None = None) -> int:
+    """FLOPs of measuring one model against the parent; branch: on its long rows."""
+    length = branch.length if branch else graph.recipe.corpus.sequence_length
+    stored = branch.teaching.stored if branch else graph.signals is not None
+    parent = teacher_flops(graph.original, length, stored)
     return graph.recipe.corpus.held_out_tokens * (model.forward_flops(length) + parent)
 
 
-def lesson_cost(lesson: Lesson, recipe: Recipe) -> Cost:
+def lesson_cost(lesson: Lesson, length: int) -> Cost:
     """What makes a teacher other than the parent as it is: its copy, its correction, its signals."""
-    section, length, model = lesson.node.section, recipe.corpus.sequence_length, lesson.model
+    section, model = lesson.node.section, lesson.model
     if lesson.node.kind is Kind.SIGNALS:
         return signals_of(lesson.node, model).cost(length)
     if lesson.node.kind is Kind.CORRECTED:
@@ -115,7 +122,7 @@ def stage_cost(stage: StageNodes, seed: Architecture, graph: Graph, made: set[st
     length, trained = recipe.corpus.sequence_length, stage.stage.distill.tokens
     stored, whole = stage.teaching.stored, not recipe.teacher.signals.keeps_entries
     teachers = sum(teacher_flops(model, length, stored, whole) for model in stage.teaching.teachers)
-    costs = [lesson_cost(lesson, recipe) for lesson in stage.teaching.lessons if lesson.node.key not in made]
+    costs = [lesson_cost(lesson, length) for lesson in stage.teaching.lessons if lesson.node.key not in made]
     flops = trained * (student_flops(child, length) + teachers) + on_policy_flops(stage, length)
     flops += (1 + len(stage.trained)) * evaluation_cost(child, graph)
     if stage.importance and stage.importance.key not in made:
@@ -146,6 +153,23 @@ def on_policy_flops(stage: StageNodes, length: int) -> int:
     teachers = sum(teacher_flops(model, length, stored=False) for model in stage.teaching.teachers)
     written = math.floor(rows * section["writing"]["mixture"])
     return rows * length * (student_flops(child, length) + teachers) + writing_flops(child, length, written)
+
+
+def extended_cost(branch: ExtendedNodes, graph: Graph, made: set[str]) -> Cost:
+    """Training on long rows, and three evaluations on them; the stored checkpoint. made: as above."""
+    child, teaching = branch.child.architecture, branch.teaching
+    whole = not graph.recipe.teacher.signals.keeps_entries
+    teachers = sum(teacher_flops(model, branch.length, teaching.stored, whole) for model in teaching.teachers)
+    lessons = [lesson for lesson in teaching.lessons if lesson.node.key not in made]
+    costs = [lesson_cost(lesson, branch.length) for lesson in lessons]
+    trained = branch.extended.section["distill"]["tokens"]
+    flops = trained * (student_flops(child, branch.length) + teachers)
+    flops += sum(evaluation_cost(model, graph, branch) for model in (child, child, graph.original))
+    made |= {node.key for node in branch}
+    return Cost(
+        flops + sum(cost.flops for cost in costs),
+        child.weight_bytes() + sum(cost.stored_bytes for cost in costs),
+    )
 
 
 def cutting_cost(stage: StageNodes, seed: Architecture, length: int) -> int:
@@ -203,6 +227,9 @@ def plan_table(graph: Graph, rate: float) -> Table:
         rows.append((stage.stage.name, dial(stage.stage), stage.architecture, cost))
         if not stage.control:
             seed, before = stage.architecture, seed
+    for branch in graph.extended:
+        shape, cost = branch.child.architecture, extended_cost(branch, graph, made)
+        rows.append((branch.name, rope_text(branch), shape, cost))
     for name, setting, shape, cost in rows:
         table.add_row(name, setting, *shape_cells(shape), *cost_cells(cost, rate))
     costs = [row[3] for row in rows]
@@ -252,6 +279,14 @@ def dial(stage: Stage) -> str:
         "latency": f"{prune.latency} ms",
     }
     return next(text for name, text in texts.items() if getattr(prune, name) is not None)
+
+
+def rope_text(branch: ExtendedNodes) -> str:
+    """What a child is extended to and by which settings, for tables: `to 256, yarn 4`."""
+    rope = branch.child.stage.extend.rope
+    scaling = f"{rope.type.value} {rope.factor or ''}".strip() if rope.type is not RopeType.NONE else ""
+    theta = f"theta {rope.theta:,.0f}" if rope.theta is not None else ""
+    return ", ".join(text for text in (f"to {branch.length:,}", scaling, theta) if text)
 
 
 SHAPE_COLUMNS = (

@@ -31,7 +31,9 @@ class Kind(StrEnum):
     RACED = "raced"
     DISTILLED = "distilled"
     ON_POLICY = "on_policy"
+    EXTENDED = "extended"
     EVALUATED = "evaluated"
+    EVALUATED_LONG = "evaluated-long"
 
 
 # Shared by every family with the same teacher, corpus and packing.
@@ -191,11 +193,38 @@ class StageNodes:
 
 
 @dataclass(frozen=True)
+class ExtendedNodes:
+    """The long-context branch of a child, beside the trunk: nothing is cut from it. corpus: of long rows."""
+
+    child: StageNodes
+    corpus: Node
+    teaching: Teaching
+    extended: Node
+    evaluated: Node
+
+    @property
+    def name(self) -> str:
+        """What its row in tables is called."""
+        return f"{self.child.stage.name} extended"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a long row."""
+        return int(self.corpus.section["sequence_length"])
+
+    def __iter__(self) -> Iterator[Node]:
+        """Every node after its inputs; the corpus comes before all stages."""
+        yield from (lesson.node for lesson in self.teaching.lessons)
+        yield self.extended
+        yield self.evaluated
+
+
+@dataclass(frozen=True)
 class Graph:
     """A planned family. Iterating yields every node after its inputs.
 
-    signals: of the parent, where it teaches from them; what else teaches belongs to the stages. controls: of
-    the last stage.
+    signals: of the parent, where it teaches from them; what else teaches belongs to the stages. extended: the
+    long-context branches. controls: of the last stage.
     """
 
     recipe: Recipe
@@ -205,20 +234,27 @@ class Graph:
     signals: Node | None
     evaluated: Node
     stages: tuple[StageNodes, ...]
+    extended: tuple[ExtendedNodes, ...]
     controls: tuple[StageNodes, ...]
     decide: Callable[[str, int], Graph] = field(compare=False)
     """The graph once the race of a stage is won: what follows is planned anew for the winner."""
 
     @property
+    def corpora(self) -> list[Node]:
+        """All rows, short and long: too little text for a branch is found before the trunk is built."""
+        found = [self.corpus, *(branch.corpus for branch in self.extended)]
+        return list({node.key: node for node in found}.values())
+
+    @property
     def trunk(self) -> list[Node]:
         """What comes before the first stage."""
-        return [self.corpus, self.parent, *([self.signals] if self.signals else []), self.evaluated]
+        return [*self.corpora, self.parent, *([self.signals] if self.signals else []), self.evaluated]
 
     def __iter__(self) -> Iterator[Node]:
         """The order on one machine; a node that several stages need comes once.
 
         Each stage is evaluated before the next is cut: it takes seconds, and a bad child should be
-        seen before the next stage spends hours on it.
+        seen before the next stage spends hours on it. Branches wait until the trunk is done.
         """
-        groups: list[Iterable[Node]] = [self.trunk, *self.stages, *self.controls]
+        groups: list[Iterable[Node]] = [self.trunk, *self.stages, *self.extended, *self.controls]
         yield from {node.key: node for group in groups for node in group}.values()

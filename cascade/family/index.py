@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cascade.errors import InputError, IntegrityError
-from cascade.family.graph import Graph, Node, StageNodes
+from cascade.family.graph import ExtendedNodes, Graph, Node, StageNodes
 from cascade.family.ledger import ledger
 from cascade.family.runner import Outcome
 from cascade.storage.locations import Location
@@ -63,6 +63,9 @@ def family_index(graph: Graph, store: Location, done: dict[str, Outcome], run: s
             **{name: parent["parent"][name] for name in ("held_out_ce", "tokens_per_second")},
         },
         "stages": [stage_record(stage, store, done) for stage in graph.stages if stage.evaluated.key in done],
+        "extended": [
+            extended_record(branch, store, done) for branch in graph.extended if branch.evaluated.key in done
+        ],
         "controls": [
             control_record(control, graph.stages[-1], store, done)
             for control in graph.controls
@@ -115,6 +118,35 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
         "reused": all(done[node.key].reused for node in stage.trained),
         "race": race_record(stage, done),
         "before_on_policy": facts["distilled"] if stage.on_policy else None,
+    }
+
+
+def extended_record(branch: ExtendedNodes, store: Location, done: dict[str, Outcome]) -> Json:
+    """A long-context child's row: figures on held-out long rows.
+
+    before_*: of the short child with the same RoPE settings, untrained on them; parent_held_out_ce: of the
+    teacher. All in nats a token.
+    """
+    trained, facts = done[branch.extended.key].manifest, done[branch.evaluated.key].manifest.facts
+    before, after = facts["distilled"], facts["extended"]
+    return {
+        "name": branch.name,
+        "of": branch.child.stage.name,
+        "checkpoint": branch.extended.location(store).uri,
+        "sequence_length": branch.length,
+        "max_position_embeddings": trained.facts["max_position_embeddings"],
+        "rope_parameters": trained.facts["rope_parameters"],
+        "parameters": branch.child.architecture.parameters,
+        "before_held_out_ce": before["held_out_ce"],
+        "held_out_ce": after["held_out_ce"],
+        "parent_held_out_ce": facts["parent"]["held_out_ce"],
+        "before_kl_to_parent": before["kl_to_parent"],
+        "kl_to_parent": after["kl_to_parent"],
+        "top1_agreement": after["top1_agreement"],
+        "tokens_trained": trained.facts["last"]["tokens"],
+        "tokens_per_second": after["tokens_per_second"],
+        "seconds": round(sum(done[node.key].manifest.seconds for node in branch if node.key in done), 1),
+        "reused": done[branch.extended.key].reused,
     }
 
 

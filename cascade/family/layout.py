@@ -12,10 +12,13 @@ from cascade.data import PACKING
 from cascade.distillation.settings import DistillSettings
 from cascade.errors import InputError
 from cascade.family.controls import control_stage
+from cascade.family.extension import lengths, longer, rope_sections, teacher_section
 from cascade.family.graph import (
     Candidate,
+    ExtendedNodes,
     Graph,
     Kind,
+    Lesson,
     Node,
     Nodes,
     Section,
@@ -23,10 +26,10 @@ from cascade.family.graph import (
     StagePlan,
     Teaching,
 )
-from cascade.family.teachers import Faculty, Parent, given_node
+from cascade.family.teachers import Faculty, Parent, given_node, signals_section
 from cascade.importance.method import Method
 from cascade.pruning.repair import Repair, can_fit
-from cascade.recipe import Recipe, Stage
+from cascade.recipe import Recipe, Signals, Stage
 from cascade.roles import Control, Student
 
 NOTHING: Mapping[str, Parent] = MappingProxyType({})
@@ -65,6 +68,12 @@ def build_graph(
         stages.append(layout.stage(stage, plan, starts[-1], teaching, decided.get(stage.name)))
         base = stages[-1].pruned if stage.student is Student.GIVEN else starts[-1].base
         starts.append(Start(stages[-1].checkpoint, stages[-1].architecture, base))
+    extended = []
+    for length in lengths(recipe):
+        long_rows = longer(recipe, length)
+        rows = _corpus_node(long_rows, parent, fingerprints, "extend")
+        rows = replace(rows, stage=long_rows.stages[0].name)
+        extended += layout.extended(long_rows, rows, stages)
     controls = tuple(
         layout.control(control, stages[-1], starts[0], starts[-2]) for control in recipe.controls
     )
@@ -73,12 +82,26 @@ def build_graph(
         return build_graph(recipe, parent, planner, fingerprints, {**decided, stage: winner}, given)
 
     return Graph(
-        recipe, parent.architecture, corpus, root, signals, evaluated, tuple(stages), controls, decide
+        recipe,
+        parent.architecture,
+        corpus,
+        root,
+        signals,
+        evaluated,
+        tuple(stages),
+        tuple(extended),
+        controls,
+        decide,
     )
 
 
-def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) -> Node:
-    """It comes first and needs only the parent's tokenizer: too little text is found before any write."""
+def _corpus_node(
+    recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...], part: str = "distill"
+) -> Node:
+    """It comes first and needs only the parent's tokenizer: too little text is found before any write.
+
+    part: of a stage, that says how many tokens it needs.
+    """
     corpus = recipe.corpus
     section = {
         "sources": [
@@ -102,9 +125,9 @@ def _corpus_node(recipe: Recipe, parent: Parent, fingerprints: tuple[str, ...]) 
         "parent": parent.reference,
         "sources": [source.model_dump(mode="json") for source in corpus.sources],
         "needs": [
-            {"stage": stage.name, "tokens": tokens, "epochs": stage.distill.epochs}
+            {"stage": stage.name, "part": what, "tokens": tokens, "epochs": stage.distill.epochs}
             for stage in recipe.stages
-            for tokens in (stage.distill.tokens, stage.on_policy.tokens)
+            for what, tokens in ((part, stage.distill.tokens), ("on_policy", stage.on_policy.tokens))
             if tokens
         ]
         + correction_needs(recipe),
@@ -193,6 +216,39 @@ class Layout:
         plan = StagePlan((child.architecture,), ())
         return replace(self.stage(stage, plan, start, teaching, pruned=pruned), control=control)
 
+    def extended(self, recipe: Recipe, corpus: Node, children: list[StageNodes]) -> list[ExtendedNodes]:
+        """The long-context branches of all children that are extended to rows of this length.
+
+        recipe: the family on long rows. corpus: those rows. The parent teaches, from signals of its own for
+        long rows where signals are stored.
+        """
+        (root, architecture), length = self.faculty.root, recipe.corpus.sequence_length
+        inputs, lessons = {"parent": root}, list[Lesson]()
+        if stored := recipe.teacher.signals is not Signals.ONLINE:
+            needed = max(stage.distill.tokens for stage in recipe.stages)
+            section = signals_section(recipe, needed) | teacher_section(recipe, length)
+            taught = {"parent": root, "corpus": corpus}
+            inputs["signals"] = self.nodes.node(Kind.SIGNALS, corpus.stage, section, taught)
+            lessons.append(Lesson(inputs["signals"], architecture))
+        teaching = Teaching(inputs, (architecture,), (), stored, tuple(lessons))
+        by_name = {child.stage.name: child for child in children}
+        branches = []
+        for stage in recipe.stages:
+            child, ropes = by_name[stage.name], rope_sections(recipe, stage, length)
+            section = {
+                "distill": training_section(recipe, stage, child.architecture),
+                "seed": recipe.seed,
+                **ropes,
+            }
+            sources = {"corpus": corpus, **inputs}
+            student = {"student": child.checkpoint, **sources}
+            extended = self.nodes.node(Kind.EXTENDED, stage.name, section, student)
+            measured = {"distilled": child.checkpoint, "extended": extended, **sources}
+            section = held_out_section(recipe) | ropes
+            evaluated = self.nodes.node(Kind.EVALUATED_LONG, stage.name, section, measured)
+            branches.append(ExtendedNodes(child, corpus, teaching, extended, evaluated))
+        return branches
+
     def importance(self, stage: Stage, plan: StagePlan, start: Start) -> Node:
         """One calibration for all candidates."""
         section = importance_section(self.recipe, stage, start.shape, plan.candidates)
@@ -218,7 +274,8 @@ class Layout:
         """The legs of a candidate's training, each going on from the last; none without a race."""
         legs: tuple[Node, ...] = ()
         for part in legs_of(racing, steps_of(self.recipe, stage, shape), f"stage {stage.name}"):
-            section = self.training(stage, shape, teaching) | {"part": part} | held_out_section(self.recipe)
+            leg = {"part": part, "judged_tokens": JUDGED_TOKENS} | held_out_section(self.recipe)
+            section = self.training(stage, shape, teaching) | leg
             inputs = self.taught(student, legs, teaching)
             legs += (self.nodes.node(Kind.RACED, stage.name, section, inputs),)
         return legs
@@ -255,6 +312,8 @@ class Layout:
 # The last leg of a race ends here: Minitron saw rankings settle within 200 of its 400 steps (2407.14679,
 # figure 9), and eight candidates then cost 7/4 of one whole training, or 22 % of training all eight.
 RACE_PART = 1 / 4
+# A race is judged on so many tokens at most: all candidates on the same ones, so most of their noise cancels.
+JUDGED_TOKENS = 16_384
 
 
 def legs_of(candidates: int, steps: int, where: str = "") -> list[float]:

@@ -7,11 +7,12 @@ from the manifests, whichever run made the artifacts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from cascade.architecture import Architecture
 from cascade.family.cost import student_flops
-from cascade.family.graph import Graph, Node, StageNodes
+from cascade.family.graph import Graph, Node, Teaching
 from cascade.family.runner import Outcome
 from cascade.storage.manifest import Manifest
 
@@ -32,12 +33,13 @@ def ledger(graph: Graph, done: Done) -> Json:
     seen: set[str] = set()
     shared = [entry(SHARED, graph.trunk, done, seen)]
     stages = [entry(stage.stage.name, stage, done, seen) for stage in graph.stages]
+    extended = [entry(branch.name, branch, done, seen) for branch in graph.extended]
     controls = [entry(control.stage.name, control, done, seen) for control in graph.controls]
-    family = total("family", [*shared, *stages])
-    trained = [stage for stage in graph.stages if stage.checkpoint.key in done]
-    floor, separate = floor_flops(graph, trained, done), separate_flops(graph, trained, done)
+    family = total("family", [*shared, *stages, *extended])
+    trained = trainings(graph, done)
+    floor, separate = floor_flops(trained), separate_flops(trained)
     return {
-        "entries": [*shared, *stages, *controls],
+        "entries": [*shared, *stages, *extended, *controls],
         "family": family,
         "controls": total("controls", controls),
         "floor_flops": floor,
@@ -78,46 +80,69 @@ def total(name: str, lines: list[Json]) -> Json:
     return {"name": name, **sums}
 
 
-def floor_flops(graph: Graph, trained: list[StageNodes], done: Done) -> int:
-    """One forward pass of every teacher over the tokens of the longest stage that it teaches, or over the
-    corpus where that is shorter, and the training of every child.
+@dataclass(frozen=True)
+class Training:
+    """A child's training that is done. teachers: what was asked (a key) and its shape. tokens: trained.
+    most: tokens of the corpus, whose rows have `length`. on_policy: FLOPs of all its training on what it
+    writes, its teachers' included: what is new to every child cannot be shared."""
 
-    What a child writes is new, so its teachers' passes over it are part of its training.
-    """
-    corpus, length = done[graph.corpus.key].manifest.facts, graph.recipe.corpus.sequence_length
-    most = corpus["train_rows"] * corpus["sequence_length"]
-    taught: dict[str, tuple[Architecture, int]] = {}
-    for stage in trained:
-        for key, model in teachers_of(stage):
-            before = taught[key][1] if key in taught else 0
-            taught[key] = model, max(before, min(most, tokens_of(stage, done)))
-    forward = sum(tokens * model.forward_flops(length) for model, tokens in taught.values())
-    return forward + sum(training_of(stage, length, done) for stage in trained)
+    child: Architecture
+    teachers: list[tuple[str, Architecture]]
+    tokens: int
+    most: int
+    length: int
+    on_policy: int = 0
+
+    @property
+    def own(self) -> int:
+        """FLOPs of the child's forward and backward passes, the winner's legs of a race included."""
+        return self.tokens * student_flops(self.child, self.length) + self.on_policy
 
 
-def separate_flops(graph: Graph, trained: list[StageNodes], done: Done) -> int:
+def trainings(graph: Graph, done: Done) -> list[Training]:
+    """Every child's, on short rows and on long ones."""
+    found = []
+    for stage in graph.stages:
+        if stage.checkpoint.key in done:
+            written = done[stage.on_policy.key].manifest.flops if stage.on_policy else 0
+            found.append(training(stage.architecture, stage.distilled, stage.teaching, done, written))
+    for branch in graph.extended:
+        if branch.extended.key in done:
+            found.append(training(branch.child.architecture, branch.extended, branch.teaching, done))
+    return found
+
+
+def training(child: Architecture, node: Node, teaching: Teaching, done: Done, on_policy: int = 0) -> Training:
+    """Of a node that is done."""
+    corpus = done[node.inputs["corpus"].key].manifest.facts
+    length = corpus["sequence_length"]
+    tokens = int(done[node.key].manifest.facts["last"]["tokens"])
+    teachers = teachers_of(teaching, node.inputs["corpus"])
+    return Training(child, teachers, tokens, corpus["train_rows"] * length, length, on_policy)
+
+
+def floor_flops(trained: list[Training]) -> int:
+    """One forward pass of every teacher over the tokens of the longest training that it teaches on rows of
+    one length, or over the corpus where that is shorter, and the training of every child."""
+    taught: dict[str, int] = {}
+    for one in trained:
+        for key, model in one.teachers:
+            flops = min(one.most, one.tokens) * model.forward_flops(one.length)
+            taught[key] = max(taught.get(key, 0), flops)
+    return sum(taught.values()) + sum(one.own for one in trained)
+
+
+def separate_flops(trained: list[Training]) -> int:
     """Every child's training with its teachers running beside it."""
-    length = graph.recipe.corpus.sequence_length
     return sum(
-        training_of(stage, length, done)
-        + tokens_of(stage, done) * sum(model.forward_flops(length) for _, model in teachers_of(stage))
-        for stage in trained
+        one.own + one.tokens * sum(model.forward_flops(one.length) for _, model in one.teachers)
+        for one in trained
     )
 
 
-def teachers_of(stage: StageNodes) -> list[tuple[str, Architecture]]:
-    """Key and shape of every model that teaches the stage."""
-    keys = [node.key for role, node in stage.teaching.inputs.items() if not role.startswith("signals")]
-    return list(zip(keys, stage.teaching.teachers, strict=True))
-
-
-def training_of(stage: StageNodes, context: int, done: Done) -> int:
-    """FLOPs of the child's own forward and backward passes, the winner's legs of a race included, and all
-    those of its training on what it writes."""
-    on_policy = done[stage.on_policy.key].manifest.flops if stage.on_policy else 0
-    return tokens_of(stage, done) * student_flops(stage.architecture, context) + on_policy
-
-
-def tokens_of(stage: StageNodes, done: Done) -> int:
-    """Tokens that the child was distilled on."""
-    return int(done[stage.distilled.key].manifest.facts["last"]["tokens"])
+def teachers_of(teaching: Teaching, corpus: Node) -> list[tuple[str, Architecture]]:
+    """Keys, of model and rows, and shape of every model that teaches."""
+    keys = [
+        f"{node.key} {corpus.key}" for role, node in teaching.inputs.items() if not role.startswith("signals")
+    ]
+    return list(zip(keys, teaching.teachers, strict=True))

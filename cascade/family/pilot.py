@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade.dials import Extend, Rope
 from cascade.errors import InputError
 from cascade.family.build import plan_family
 from cascade.family.graph import Graph
@@ -27,21 +28,23 @@ def pilot_root(recipes: Sequence[Recipe], store: str) -> str:
 
 
 def pilot_recipe(recipe: Recipe, number: int, tokens: int) -> Recipe:
-    """The recipe with `tokens` tokens a training, no race and no controls; the family policy-NUMBER."""
+    """The recipe with `tokens` tokens a training, and no race, controls or long-context stages; the family
+    policy-NUMBER."""
 
     def small(stage: Stage) -> Stage:
         distill = stage.distill.model_copy(update={"tokens": tokens})
         prune = stage.prune.model_copy(update={"candidates": 1})
         own = min(tokens, stage.on_policy.tokens)
         on_policy = stage.on_policy.model_copy(update={"tokens": own})
-        return stage.model_copy(update={"distill": distill, "prune": prune, "on_policy": on_policy})
+        update = {"distill": distill, "prune": prune, "on_policy": on_policy, "extend": Extend()}
+        return stage.model_copy(update=update)
 
     correction = min(tokens, recipe.teacher.correction_tokens)
     return recipe.model_copy(
         update={
             "family": f"policy-{number}",
             "stages": tuple(small(stage) for stage in recipe.stages),
-            "teacher": recipe.teacher.model_copy(update={"correction_tokens": correction}),
+            "teacher": recipe.teacher.model_copy(update={"correction_tokens": correction, "rope": Rope()}),
             "controls": (),
         }
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.architecture import Architecture
 from cascade.data import corpus as corpora
@@ -43,8 +43,10 @@ from cascade.distillation.states import head_of
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import InputError
 from cascade.evaluation.gate import gate
+from cascade.evaluation.loss import cross_entropy
 from cascade.evaluation.metrics import evaluate
 from cascade.family.cost import body_flops, importance_flops, student_flops, teacher_flops, writing_flops
+from cascade.family.extension import child_config, teacher_config
 from cascade.family.graph import Kind, Section
 from cascade.family.layout import RACE_PART
 from cascade.family.students import make_initialised, make_parent, the_source
@@ -55,7 +57,12 @@ from cascade.importance.method import Aggregation, LayerScore, Method, Scoring
 from cascade.importance.scores import score
 from cascade.importance.scoring import scores_of
 from cascade.models.decoder import decoder_of
-from cascade.models.folders import load_folder, load_folder_tokenizer, save_model
+from cascade.models.folders import (
+    load_folder,
+    load_folder_config,
+    load_folder_tokenizer,
+    save_model,
+)
 from cascade.models.sources import load_tokenizer
 from cascade.planning.axes import Axis
 from cascade.pruning.prune import Surgery, prune
@@ -69,9 +76,6 @@ SCORES = "scores.safetensors"
 STEPS = "steps.jsonl"
 METRICS = "metrics.json"
 STATE = "state"
-# A race is judged on so many tokens at most: enough to tell candidates a hundredth of a nat apart, because
-# all are judged on the same ones.
-JUDGED_TOKENS = 16_384
 
 
 def make_corpus(place: Workplace) -> Result:
@@ -113,7 +117,7 @@ def make_signals(place: Workplace) -> Result:
     corpus, section = place.corpus(), place.job.section
     rows = signal_rows(corpus, section["tokens"])
     held_out = held_out_rows(corpus, section["held_out_tokens"])
-    teacher = read_only(place, "parent")
+    teacher = the_model(place, "parent")
     shape, finished = shape_of(teacher), FinishedShards(place.job.training)
     facts = write_signals(
         teacher,
@@ -271,38 +275,34 @@ def make_raced(place: Workplace) -> Result:
     end = TrainingCheckpoints(open_location(str(place.folder / STATE)))
     done = train(place, Leg(section["part"], end=end))
     held_out = held_out_rows(done.corpus, section["held_out_tokens"])
-    settings, teacher = settings_of(section), done.taught.teacher
-    part, rows = judged_rows(done.corpus, settings, held_out, measurable=taught_whole(teacher))
-    metrics = evaluate(done.student, teacher, done.corpus, rows, part=part, report=place.report)
-    end_figures = {"ce": metrics.held_out_ce, "kl": metrics.kl_to_parent}
-    result = done.result({"end": {"tokens": done.steps[-1].tokens, **end_figures}})
-    judged = len(rows) * done.corpus.sequence_length
-    asked = judged * done.taught.measured_flops
-    own = judged * shape_of(done.student).forward_flops(done.corpus.sequence_length)
-    return replace(result, flops=result.flops + own + asked, teacher_flops=result.teacher_flops + asked)
+    part, rows = judged_rows(done.corpus, settings_of(section), section["judged_tokens"], held_out)
+    ce = cross_entropy(done.student, done.corpus, part, rows, report=place.report)
+    result = done.result({"end": {"tokens": done.steps[-1].tokens, "ce": ce}})
+    length = done.corpus.sequence_length
+    own = len(rows) * length * shape_of(done.student).forward_flops(length)
+    return replace(result, flops=result.flops + own)
 
 
 def taught_whole(teacher: Teacher) -> bool:
-    """Whether the teacher answers for training rows with whole distributions, which a measurement needs."""
+    """Whether the teacher answers for training rows with whole distributions."""
     return teacher.whole(Part.TRAIN) if isinstance(teacher, StoredTeacher) else True
 
 
 def judged_rows(
-    corpus: Corpus, settings: DistillSettings, held_out: int, *, measurable: bool = True
+    corpus: Corpus, settings: DistillSettings, tokens: int, held_out: int
 ) -> tuple[Part, list[int]]:
-    """Rows that no leg of a race trains on, the same for all: the training's last ones.
+    """Rows of so many tokens that no leg of a race trains on, the same for all: first those that the whole
+    training never reaches.
 
-    Where every row is seen before the race is over, or training rows are not `measurable` because their
-    distributions are not stored whole, they are the `held_out` rows that are evaluated.
+    Where every row is seen before the race is over, they are the `held_out` rows that are evaluated.
     """
     whole = rows_of(settings.tokens, corpus.sequence_length)
     # The last leg ends with a whole step.
     last = math.ceil(RACE_PART * whole) + (settings.batch_rows or 1)
     raced = {corpus.row(position) for position in range(last)}
-    unseen = dict.fromkeys(corpus.row(position) for position in reversed(range(whole)))
-    most = max(1, JUDGED_TOKENS // corpus.sequence_length)
-    rows = [row for row in unseen if row not in raced][:most]
-    return (Part.TRAIN, rows) if rows and measurable else (Part.HELD_OUT, list(range(min(most, held_out))))
+    most = max(1, tokens // corpus.sequence_length)
+    rows = [row for row in reversed(range(len(corpus.train))) if row not in raced][:most]
+    return (Part.TRAIN, rows) if rows else (Part.HELD_OUT, list(range(min(most, held_out))))
 
 
 def make_distilled(place: Workplace) -> Result:
@@ -311,6 +311,24 @@ def make_distilled(place: Workplace) -> Result:
     done = train(place, WHOLE)
     save_model(done.student, load_folder_tokenizer(folder, trust), place.folder)
     return done.result({**done.ends, "gate": gate(place.folder, shape_of(done.student).parameters)})
+
+
+def make_extended(place: Workplace) -> Result:
+    """Teach the short child on long rows, with other RoPE settings; the gate admits what comes of it."""
+    folder, trust, section = place.input("student"), place.job.options.trust_remote_code, place.job.section
+    config = child_config(load_folder_config(folder, trust), section["rope"])
+    student = load_folder(folder, torch.float32, place.device, trust_remote_code=trust, config=config)
+    done = train(place, WHOLE, student)
+    tokenizer = load_folder_tokenizer(folder, trust)
+    # A tokenizer warns of text that is longer than this.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, config.max_position_embeddings)
+    save_model(done.student, tokenizer, place.folder)
+    positions = {
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
+    }
+    figures = gate(place.folder, shape_of(done.student).parameters)
+    return done.result({**done.ends, **positions, "gate": figures})
 
 
 def make_corrected(place: Workplace) -> Result:
@@ -335,16 +353,26 @@ def make_corrected(place: Workplace) -> Result:
 
 def make_evaluated(place: Workplace) -> Result:
     """Held-out figures of every checkpoint among the inputs, against the parent."""
+    states = ("pruned", "distilled", "on_policy")
+    return measured(place, [name for name in states if name in place.job.inputs] or ["parent"])
+
+
+def make_evaluated_long(place: Workplace) -> Result:
+    """Figures on held-out long rows: the short child with the new RoPE settings, the extended one, the
+    parent."""
+    return measured(place, ["distilled", "extended", "parent"])
+
+
+def measured(place: Workplace, names: list[str]) -> Result:
+    """Held-out figures of these inputs, against the parent."""
     corpus = place.corpus()
     rows = held_out_rows(corpus, place.job.section["held_out_tokens"])
     teacher, parent = the_teacher(place, corpus)
-    states = ("pruned", "distilled", "on_policy")
-    names = [name for name in states if name in place.job.inputs] or ["parent"]
     facts: dict[str, Any] = {}
     flops, length = 0, corpus.sequence_length
     tokens = rows * length
     for name in names:
-        model = read_only(place, name)
+        model = the_model(place, name)
         facts[name] = asdict(evaluate(model, teacher, corpus, range(rows), report=place.report))
         flops += tokens * shape_of(model).forward_flops(length)
     (place.folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -361,7 +389,7 @@ def the_teacher(
     place: Workplace, corpus: Corpus, model: str = "parent", signals: str = "signals"
 ) -> tuple[Teacher, Architecture]:
     """A model among the inputs, from its stored signals where there are any, and its architecture."""
-    found = read_only(place, model)
+    found = the_model(place, model)
     if signals not in place.job.inputs:
         return OnlineTeacher(found, corpus), shape_of(found)
     shards = signal_shards(place, corpus, signals)
@@ -370,11 +398,10 @@ def the_teacher(
 
 @dataclass(frozen=True)
 class Taught:
-    """Who teaches. flops: that this takes for a token that is trained; measured_flops: for one measured."""
+    """Who teaches. flops: that this takes for a token that is trained."""
 
     teacher: Teacher
     flops: int = 0
-    measured_flops: int = 0
 
 
 def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
@@ -383,14 +410,13 @@ def the_teachers(place: Workplace, corpus: Corpus, vocabulary: int) -> Taught:
     names = ["parent"] if "parent" in inputs else [role("teacher", i) for i in range(len(weights))]
     if names[0] not in inputs:
         return Taught(CorpusTeacher(corpus, vocabulary))
-    teachers, flops, measured, length = [], 0, 0, corpus.sequence_length
+    teachers, flops, length = [], 0, corpus.sequence_length
     for index, name in enumerate(names):
         signals = role("signals", index)
         teacher, shape = the_teacher(place, corpus, name, signals)
         teachers.append(teacher)
         flops += teacher_flops(shape, length, signals in inputs, taught_whole(teacher))
-        measured += teacher_flops(shape, length, signals in inputs)
-    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops, measured)
+    return Taught(teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, weights), flops)
 
 
 # Signals up to this size stay in the cache folder for the stages that follow.
@@ -416,10 +442,27 @@ def signal_shards(place: Workplace, corpus: Corpus, signals: str) -> ReadAhead:
     return shards
 
 
-def read_only(place: Workplace, name: str) -> PreTrainedModel:
-    """An input checkpoint for inference."""
-    trust = place.job.options.trust_remote_code
-    return load_folder(place.input(name), place.working_dtype, place.device, trust_remote_code=trust)
+def the_model(place: Workplace, name: str) -> PreTrainedModel:
+    """An input for inference; on long rows with the RoPE settings that the job has for it."""
+    section, trust = place.job.section, place.job.options.trust_remote_code
+    if name == "parent" and "teacher_rope" in section:
+        config = teacher_config(load_folder_config(place.input(name), trust), section["teacher_rope"])
+    elif name == "distilled" and "rope" in section:
+        config = child_config(load_folder_config(place.input(name), trust), section["rope"])
+    else:
+        config = None
+    return read_only(place, name, config)
+
+
+def read_only(place: Workplace, name: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """An input checkpoint for inference; config: in place of its own."""
+    return load_folder(
+        place.input(name),
+        place.working_dtype,
+        place.device,
+        trust_remote_code=place.job.options.trust_remote_code,
+        config=config,
+    )
 
 
 def shape_of(model: PreTrainedModel) -> Architecture:
@@ -439,5 +482,7 @@ WORK: dict[Kind, Callable[[Workplace], Result]] = {
     Kind.RACED: make_raced,
     Kind.DISTILLED: make_distilled,
     Kind.ON_POLICY: make_distilled,
+    Kind.EXTENDED: make_extended,
     Kind.EVALUATED: make_evaluated,
+    Kind.EVALUATED_LONG: make_evaluated_long,
 }

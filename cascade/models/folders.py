@@ -12,9 +12,11 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,8 +51,11 @@ def load_folder(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The model in `path`, in eval mode on `device`; dtype None keeps the one it was saved in.
+
+    config: in place of its own.
 
     Raises InputError when the weights are damaged or are not the ones that the config describes
     (transformers would fill the gaps with random numbers).
@@ -59,6 +64,7 @@ def load_folder(
         with no_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=config,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 local_files_only=True,
@@ -71,6 +77,14 @@ def load_folder(
             "the weights are damaged", value=error, where=str(path), remedy="fetch the folder again"
         ) from error
     return nn.Module.to(whole_model(loaded, path), torch.device(device))
+
+
+def load_folder_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config in `path`."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    return config
 
 
 def whole_model(loaded: object, where: Path) -> PreTrainedModel:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.architecture import Architecture, Sizes
 from cascade.errors import CascadeError, InputError
@@ -94,11 +94,14 @@ def _prove(decoder: Decoder) -> Proof:
     return Proof(anatomy, refused)
 
 
-def random_miniature(decoder: Decoder) -> PreTrainedModel:
-    """On the CPU, no gain or bias at its constant; the random state outside stays as it is."""
+def random_miniature(decoder: Decoder, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """On the CPU, no gain or bias at its constant; the random state outside stays as it is.
+
+    config: with other options than the decoder's own.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = miniature(type(decoder.model), decoder.model.config, decoder.anatomy.form).model
+        model = miniature(type(decoder.model), config or decoder.model.config, decoder.anatomy.form).model
         for parameter in model.parameters():
             nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
     return model.requires_grad_(False)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from cascade.architecture import Architecture
 from cascade.distillation.loop import Leg, distill
 from cascade.distillation.settings import DistillSettings
-from cascade.evaluation.metrics import evaluate
+from cascade.distillation.signals import Part
+from cascade.evaluation.loss import cross_entropy
 from cascade.family.layout import legs_of
 from cascade.family.race import race
 from cascade.family.work import judged_rows
@@ -31,6 +32,10 @@ from tests.bench.report import report
 RATIO, CANDIDATES, TOKENS, SEQUENCE = 0.6, 8, 4096, 256
 # To score and fit; fewer than a recipe's, because every candidate is fitted.
 CALIBRATED = 8192
+# Tokens that the candidates are judged on; a recipe's race takes four times as many.
+JUDGED = 4096
+# And examined on at the end.
+EXAMINED = 8192
 GOAL_NATS, GOAL_SHARE = 0.01, 0.25
 
 
@@ -61,7 +66,7 @@ def trained(school: School, shape: Architecture, student: PreTrainedModel) -> Ru
     """Leg by leg, which is bit for bit the whole training."""
     corpus, settings = school.text.corpus, school.settings
     plan = settings.resolved(shape.hidden, corpus.sequence_length)
-    part, rows = judged_rows(corpus, plan.settings, len(school.rows))
+    part, rows = judged_rows(corpus, plan.settings, JUDGED, len(school.rows))
     curve: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         start: TrainingCheckpoints | None = None
@@ -69,9 +74,10 @@ def trained(school: School, shape: Architecture, student: PreTrainedModel) -> Ru
             end = TrainingCheckpoints(open_location(str(Path(folder) / str(number))))
             distill(student, school.teacher, corpus, settings=settings, leg=Leg(share, start, end))
             if share < 1:
-                curve.append(evaluate(student, school.teacher, corpus, rows, part=part).held_out_ce)
+                curve.append(cross_entropy(student, corpus, part, rows))
             start = end
-    found = Run(shape, curve, school.examine(student).held_out_ce)
+    examined = range(min(EXAMINED // SEQUENCE, len(corpus.held_out)))
+    found = Run(shape, curve, cross_entropy(student, corpus, Part.HELD_OUT, examined))
     print(f"race: {describe(shape)}: {found.curve}, {found.final:.4f}", file=sys.stderr, flush=True)
     return found
 

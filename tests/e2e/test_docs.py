@@ -69,6 +69,10 @@ def test_every_piece_of_a_recipe_in_the_readme_is_one() -> None:
             stages = [Stage.model_validate(stage) for stage in yaml.safe_load(piece)]
             seen |= {f"student.{stage.student}" for stage in stages}
             continue
+        if "stages:" in piece:
+            whole = {"family": "f", "parent": "p", **yaml.safe_load(piece)}
+            seen |= {f"extend.{validate_recipe(whole, where='README.md').stages[0].extend.rope.type}"}
+            continue
         for line in piece.splitlines():
             ((name, tree),) = yaml.safe_load(line).items()
             given = sections[name].model_validate(tree)
@@ -83,6 +87,7 @@ def test_every_piece_of_a_recipe_in_the_readme_is_one() -> None:
         "prune.latency",
         "teacher.signals",
         "teacher.token_bytes",
+        "extend.yarn",
     } <= seen
 
 

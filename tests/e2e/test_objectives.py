@@ -34,5 +34,5 @@ def test_a_child_of_such_a_parent_learns(
         graph = plan_family(Recipe.model_validate(tree), tmp_path / "cache")
         index = build(graph, run, lambda job: host.run(job, SILENT))
     (stage,) = index["stages"]
-    assert stage["held_out_ce"] < stage["pruned_held_out_ce"]
-    assert stage["kl_to_parent"] > 0
+    # A random parent predicts no text, so that only the distance to it must fall.
+    assert 0 < stage["kl_to_parent"] < stage["pruned_kl_to_parent"]

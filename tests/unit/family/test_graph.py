@@ -236,7 +236,7 @@ def test_a_pilot_of_it_is_small_too() -> None:
 def test_the_corpus_must_hold_the_prompts() -> None:
     stages = written(1, tokens=8_000_000)
     needs = graph(stages=stages).corpus.hints["needs"]
-    assert {"stage": "small", "tokens": 8_000_000, "epochs": 1} in needs
+    assert {"stage": "small", "part": "on_policy", "tokens": 8_000_000, "epochs": 1} in needs
 
 
 RACERS = (replace(TINY, layers=3), replace(TINY, ffn=88), replace(TINY, hidden=48))
