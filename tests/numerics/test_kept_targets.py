@@ -223,6 +223,8 @@ def test_a_mixture_is_of_probabilities(
 def test_a_mixture_of_one_is_that_teacher() -> None:
     part = StateTargets(draw(N, D, seed=9), Head(draw(V, D, seed=7)))
     torch.testing.assert_close(MixedTargets((part,), (1.0,)).logits(), part.logits().log_softmax(-1))
+    decimals = MixedTargets((part, part, part), (0.3333333, 0.3333333, 0.3333333)).logits()
+    torch.testing.assert_close(decimals, part.logits().log_softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_a_mixture_of_teachers_with_other_padding_is_over_what_they_share() -> None:

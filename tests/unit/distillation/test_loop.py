@@ -242,6 +242,36 @@ def test_a_run_lost_after_its_last_step_has_nothing_to_train_again(
     assert_equal_weights(trained, resumed)
 
 
+def test_frozen_weights_are_neither_stored_nor_missed(
+    corpus: Corpus, teacher: OnlineTeacher, checkpoints: TrainingCheckpoints, tmp_path: Path
+) -> None:
+    """As where LoRA trains what it adds and nothing else."""
+
+    def part_of_a_student() -> PreTrainedModel:
+        student = make_student()
+        student.requires_grad_(False)
+        student.model.layers[1].requires_grad_(True)
+        return student
+
+    whole, resumed = part_of_a_student(), part_of_a_student()
+    distill(whole, teacher, corpus, settings=SETTINGS)
+    asked = stop_after(7)
+    with pytest.raises(Interrupted):
+        distill(
+            part_of_a_student(),
+            teacher,
+            corpus,
+            settings=SETTINGS,
+            checkpoints=checkpoints,
+            should_stop=lambda: next(asked),
+        )
+    found = checkpoints.latest(tmp_path)
+    assert found
+    assert not any("embed_tokens" in name for name in found[1])
+    distill(resumed, teacher, corpus, settings=SETTINGS, checkpoints=checkpoints)
+    assert_equal_weights(whole, resumed)
+
+
 def test_a_stop_without_a_new_step_saves_nothing(
     corpus: Corpus,
     teacher: OnlineTeacher,

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from cascade.architecture import Architecture
 from cascade.distillation.settings import derived_learning_rate
+from cascade.errors import InputError
+from cascade.family.build import require_padding
 from cascade.family.forecast import plan_table, stage_cost
 from cascade.family.graph import Graph, Kind, Node, StagePlan
 from cascade.family.layout import build_graph
@@ -194,3 +197,22 @@ def test_a_plan_has_a_row_for_every_control_and_a_line_for_every_teacher_s_signa
     costs = [stage_cost(stage, TINY, family, set()) for stage in (family.stages[2], family.controls[1])]
     # The corpus costs nothing to ask.
     assert costs[1].flops < costs[0].flops
+
+
+def padded(entries: int) -> Architecture:
+    return replace(TINY, counts=replace(TINY.counts, vocabulary=TINY.vocabulary + entries))
+
+
+@pytest.mark.parametrize(
+    ("entries", "signals", "remedy"),
+    [(1025, "hidden", "pad both alike"), (-1025, "online", "pad both"), (64, "top_k", "signals: hidden")],
+)
+def test_vocabularies_that_the_loss_would_refuse_are_refused_while_planning(
+    entries: int, signals: str, remedy: str
+) -> None:
+    recipe = graph({"signals": signals}).recipe
+    with pytest.raises(InputError, match=remedy) as caught:
+        require_padding(recipe, TINY, padded(entries), "other")
+    assert caught.value.where == "other"
+    require_padding(recipe, TINY, TINY, "other")
+    require_padding(graph().recipe, TINY, padded(1024), "other")
