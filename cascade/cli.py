@@ -9,30 +9,30 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from cascade.console import (
-    ConsoleReport,
-    Json,
-    control_tables,
-    extended_tables,
-    family_table,
-    ledger_table,
-    pilot_tables,
-    race_tables,
-    record_table,
-)
-from cascade.errors import CascadeError, InputError
+from cascade import __version__
+from cascade.console import ConsoleReport
+from cascade.errors import BelowGate, CascadeError, InputError
 from cascade.fields import parse_count
-from cascade.recipe import Options, Recipe, load_recipe
+from cascade.recipe import Options, Recipe
+from cascade.recipe_files import load_recipe
+from cascade.tables.ledger import ledger_table
+from cascade.tables.pilot import pilot_tables
+from cascade.tables.printed import output, print_built, print_family, print_lines
+from cascade.tables.record import record_table
 
 if TYPE_CHECKING:
-    # The rest of the library takes seconds to load, so each command imports what it needs.
+    # The rest of the library takes seconds to load: each command imports what it needs, and first of all
+    # refuses a wrong recipe.
     from cascade.family.graph import Graph
+    from cascade.family.index import Json
     from cascade.family.job import RunOptions
 
 # What shells report of a program that Ctrl-C or a kill ended.
@@ -46,7 +46,10 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file or a packaged recipe: quickstart.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, here or in a bucket, or a packaged recipe: quickstart, smoke."
+    ),
 ]
 Uri = Annotated[str, typer.Argument(metavar="URI", help="A folder or s3://bucket/prefix.")]
 Store = Annotated[
@@ -60,13 +63,33 @@ Device = Annotated[str, typer.Option("--device", help="A torch device; chosen wh
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and leave, if that is what was asked."""
+    if wanted:
+        typer.echo(f"cascade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
 @app.command()
 def plan(recipe: RecipeName, device: Device = "", cache: Cache = "") -> None:
     """Print every stage's architecture, parameters, memory and cost; train nothing, store nothing."""
-    from cascade.family.build import default_cache, plan_family
-    from cascade.family.forecast import machine_rate, plan_table, ranking_table
+    tree = load_recipe(recipe)
+    from cascade.family.build import default_cache
+    from cascade.family.forecast import machine_rate
+    from cascade.family.plan import plan_family
+    from cascade.tables.plan import plan_table, ranking_table
 
-    graph = plan_family(load_recipe(recipe), Path(cache or default_cache()), device)
+    graph = plan_family(tree, Path(cache or default_cache()), device)
     output().print(plan_table(graph, machine_rate()))
     output().print(ranking_table(graph))
 
@@ -83,34 +106,60 @@ def build(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory in training, for more time.")
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile in training: a slow start, then faster steps.")
+    ] = False,
     cache: Cache = "",
 ) -> None:
     """Build the family; what the store has already is reused, and an interrupted training goes on."""
-    from cascade.family.build import plan_family, run_options
+    tree = load_recipe(recipe)
+    from cascade.distillation.compiled import require_compiler
+    from cascade.family.build import run_options
+    from cascade.family.index import read_index
+    from cascade.family.plan import plan_family
+    from cascade.family.workplace import chosen_device
     from cascade.storage.locations import check_store, open_location
 
-    tree = load_recipe(recipe)
     options = Options(
         device=device,
         checkpoint_seconds=checkpoint_seconds,
         cache=cache,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
     )
-    run = run_options(tree, store, options)
+    run, family = run_options(tree, store, options), open_location(store) / tree.family
     # Wrong input is found here, in seconds, before a Prefect server starts.
     check_store(open_location(store))
+    if compile:
+        require_compiler(chosen_device(device))
     graph = plan_family(tree, Path(run.cache), device)
     with ConsoleReport(Console(stderr=True)) as report:
         try:
             index = (
-                build_direct(graph, run, report) if direct else build_in_prefect(tree, store, options, report)
+                build_and_settle(graph, run, report)
+                if direct
+                else build_in_prefect(tree, store, options, report)
             )
         except KeyboardInterrupt:
             report.log("interrupted; run the same command to go on")
             raise typer.Exit(INTERRUPTED) from None
-    print_family(index)
-    for child in (*index["stages"], *index["extended"]):
-        output().print(f"{child['name']}: {child['checkpoint']}", soft_wrap=True, highlight=False)
+        except BelowGate:
+            print_built(read_index(family), family.uri)
+            raise
+    print_built(index, family.uri)
+
+
+def build_and_settle(graph: Graph, run: RunOptions, report: ConsoleReport) -> Json:
+    """Build without an orchestrator, and move the aliases as the flow does."""
+    from cascade.family.aliases import held_line, require_gate, settle
+    from cascade.storage.locations import open_location
+
+    index, store = build_direct(graph, run, report), open_location(run.store)
+    settled = settle(index, store)
+    if line := held_line(settled, store):
+        report.log(line)
+    require_gate(settled, store)
+    return index
 
 
 def build_direct(graph: Graph, run: RunOptions, report: ConsoleReport) -> Json:
@@ -142,12 +191,12 @@ def pilot(
     cache: Cache = "",
 ) -> None:
     """Teach the same children by two or more recipes on a small budget, and print what came out."""
+    trees = [load_recipe(name) for name in recipes]
     from cascade.family.build import run_options
     from cascade.family.pilot import pilot as run_pilot
     from cascade.storage.locations import check_store, open_location
 
     check_store(open_location(store))
-    trees = [load_recipe(name) for name in recipes]
     options = Options(device=device, cache=cache)
     with ConsoleReport(Console(stderr=True)) as report:
 
@@ -180,22 +229,47 @@ def show(
     ] = False,
 ) -> None:
     """Show a family, or one artifact, with its lineage, figures and cost."""
-    from cascade.family.index import read_index
+    from cascade.family.addresses import record_folder
+    from cascade.family.aliases import alias_runs
+    from cascade.family.index import damage_named, read_index
     from cascade.storage.artifacts import read_manifest
     from cascade.storage.locations import open_location
 
-    location = open_location(uri)
+    location = record_folder(open_location(uri))
     manifest = read_manifest(location)
-    record = manifest.model_dump(mode="json") if manifest else read_index(location)
+    aliases = {} if manifest else alias_runs(location)
+    record = manifest.model_dump(mode="json") if manifest else read_index(location) | {"aliases": aliases}
     if as_json:
         typer.echo(json.dumps(record, indent=2))
     elif ledger:
         require_ledger(uri, record)
-        output().print(ledger_table(record))
+        with damage_named(location):
+            output().print(ledger_table(record))
     elif manifest:
         output().print(record_table(uri, record))
     else:
-        print_family(record)
+        with damage_named(location):
+            print_family(record)
+        print_lines(aliases)
+
+
+@app.command()
+def promote(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A family: <root>/<family>.")],
+    run: Annotated[
+        str, typer.Option("--run", help="The build that becomes stable; the latest when empty.")
+    ] = "",
+    rollback: Annotated[bool, typer.Option("--rollback", help="Go back to what was stable before.")] = False,
+) -> None:
+    """Make a build of a family `stable` by hand, whatever its gate says, or take that back."""
+    from cascade.family.addresses import record_folder
+    from cascade.family.aliases import alias_runs
+    from cascade.family.aliases import promote as move_stable
+    from cascade.storage.locations import open_location
+
+    family = record_folder(open_location(uri))
+    move_stable(family, run, rollback)
+    print_lines(alias_runs(family))
 
 
 def require_ledger(uri: str, record: Json) -> None:
@@ -220,20 +294,76 @@ def verify(uri: Uri) -> None:
         typer.echo(problem)
     typer.echo(f"{report.artifacts} artifacts, {report.files} files, problems: {len(report.problems)}")
     if report.problems:
+        if report.damaged or report.indexes:
+            typer.echo(f"`cascade repair {uri}` sets aside what is damaged")
+        typer.echo("the next build makes again what is not there")
         raise typer.Exit(1)
 
 
-def print_family(index: Json) -> None:
-    """The family's table, one for each race, one for long contexts, and one for the controls."""
-    tables = (*race_tables(index), *extended_tables(index), *control_tables(index))
-    for table in (family_table(index), *tables):
-        output().print(table)
+@app.command()
+def repair(uri: Uri) -> None:
+    """Set damaged artifacts aside, so that the next build makes them again; delete nothing."""
+    from cascade.family.repair import repair as set_aside
+    from cascade.storage.locations import open_location
+
+    report = set_aside(open_location(uri))
+    found = report.found
+    for line in (*found.problems, *report.moved, *report.absent, *report.left):
+        typer.echo(line)
+    checked = f"{found.artifacts} artifacts, {found.files} files"
+    if not found.problems:
+        typer.echo(f"{checked}: nothing is damaged")
+        return
+    typer.echo(f"{checked}, set aside: {len(report.moved)}, left: {len(report.left)}")
+    if report.left:
+        raise typer.Exit(1)
 
 
-def output() -> Console:
-    """Standard output; a table in a pipe keeps its columns instead of folding at 80 characters."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+@app.command()
+def gc(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A store: a folder or s3://bucket/prefix.")],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0.0, help="What a build of so many days refers to stays.")
+    ] = 30.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; without, only say what.")] = False,
+    cache: Cache = "",
+) -> None:
+    """Say what no build needs any more, in a store and in this machine's cache; with --delete remove it."""
+    from cascade.family.build import default_cache
+    from cascade.family.space import collect
+    from cascade.storage.locations import open_location
+    from cascade.tables.space import space_table
+
+    now = time.time()
+    found = collect(open_location(uri), keep_days, Path(cache or default_cache()), delete=delete, now=now)
+    output().print(space_table(found, now=now, deleted=delete))
+
+
+@app.command()
+def up(
+    home: Annotated[
+        str, typer.Option("--home", envvar="CASCADE_HOME", help="Folder of the stack; ~/.cascade when empty.")
+    ] = "",
+    store: Annotated[
+        str,
+        typer.Option("--store", metavar="URI", help="A store of your own; one is started when empty."),
+    ] = "",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Of the Prefect UI; 0: 4200, or any free one.")
+    ] = 0,
+    store_port: Annotated[
+        int, typer.Option("--store-port", min=0, max=55535, help="Of the store; 0: 8333, or any free one.")
+    ] = 0,
+) -> None:
+    """Start Prefect, a store and a worker here, with all deployments registered; Ctrl-C ends them."""
+    from cascade.stack.home import default_home
+    from cascade.stack.up import Wishes
+    from cascade.stack.up import up as start
+
+    try:
+        start(Wishes(Path(home) if home else default_home(), store, port, store_port), typer.echo)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> None:
@@ -243,8 +373,21 @@ def main() -> None:
     try:
         app()
     except CascadeError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        fail(error)
+    except OSError as error:
+        from cascade.storage.faults import full, not_a_name
+
+        # A file that a library writes, outside of every store; a path that nothing had looked at before.
+        fault = full(error, tempfile.gettempdir()) or not_a_name(error, "command line")
+        if fault is None:
+            raise
+        fail(fault)
+
+
+def fail(error: CascadeError) -> NoReturn:
+    """Print its four parts and end with its exit code."""
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

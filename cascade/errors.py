@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+LONGEST_VALUE = 2000
+
 
 class CascadeError(Exception):
     """The work failed. Subclasses decide the exit code and whether a retry can help.
@@ -13,10 +17,10 @@ class CascadeError(Exception):
     exit_code = 1
     retryable = False
 
-    def __init__(self, what: str, *, value: object = None, where: str = "", remedy: str = "") -> None:
+    def __init__(self, what: str, *, value: object = None, where: str, remedy: str) -> None:
         super().__init__(what)
         self.what = what
-        self.value = None if value is None else str(value)
+        self.value = None if value is None else shortened(str(value))
         self.where = where
         self.remedy = remedy
 
@@ -28,7 +32,7 @@ class CascadeError(Exception):
             lines.append(f"  where: {self.where}")
         if self.remedy:
             lines.append(f"  way out: {self.remedy}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def record(self) -> dict[str, object]:
         """The error as plain JSON, so that it can cross a process boundary."""
@@ -40,6 +44,10 @@ class CascadeError(Exception):
             "remedy": self.remedy,
         }
 
+    def __reduce__(self) -> tuple[Callable[..., CascadeError], tuple[dict[str, object]]]:
+        """Pickled by whoever keeps the state of a run."""
+        return from_record, (self.record(),)
+
 
 class InputError(CascadeError):
     """The input is wrong (exit code 2): running it again cannot help."""
@@ -49,6 +57,14 @@ class InputError(CascadeError):
 
 class IntegrityError(InputError):
     """Stored bytes do not match their manifest; names the file and both hashes."""
+
+
+class NewerVersion(IntegrityError):
+    """What is stored was written by a newer version of cascade, and is not damaged for all we know."""
+
+
+class BelowGate(CascadeError):
+    """A family is whole and stored, but its children do not keep the limits of its recipe."""
 
 
 class StorageFault(CascadeError):
@@ -70,9 +86,32 @@ class Interrupted(CascadeError):
     retryable = True
 
 
+def shortened(text: str) -> str:
+    """The text, or its two ends: a value may be a whole file."""
+    half = LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what would steer a terminal or has no encoding: values come from files."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 ERROR_TYPES: dict[str, type[CascadeError]] = {
     kind.__name__: kind
-    for kind in (CascadeError, InputError, IntegrityError, StorageFault, MachineFault, Interrupted)
+    for kind in (
+        CascadeError,
+        InputError,
+        IntegrityError,
+        NewerVersion,
+        BelowGate,
+        StorageFault,
+        MachineFault,
+        Interrupted,
+    )
 }
 
 

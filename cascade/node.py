@@ -16,12 +16,11 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError, Interrupted, MachineFault
@@ -29,9 +28,12 @@ from cascade.errors import CascadeError, Interrupted, MachineFault
 # What loads torch is imported once the node is tied to its parent.
 if TYPE_CHECKING:
     from cascade.family.job import Job, JsonReport, StopSignal
+    from cascade.storage.lease import Lease
+    from cascade.storage.manifest import Manifest
 
 SERVE = "--serve"
 STOPS = (signal.SIGTERM, signal.SIGHUP)
+WAKES = (*STOPS, signal.SIGCHLD)
 PR_SET_PDEATHSIG = 1
 
 
@@ -44,27 +46,49 @@ def die_with_parent(parent: int, number: signal.Signals) -> None:
 
 
 def run_job(job: Job, report: JsonReport, stop: StopSignal) -> None:
-    """Do the work in a scratch folder and publish what it left there."""
+    """Do the work in a scratch folder and publish what it left there; of several builders one at a time."""
+    from cascade.family.gpu import gpu_held
+    from cascade.storage.artifacts import read_manifest
+    from cascade.storage.lease import Lease
+    from cascade.storage.patience import waits_told
+    from cascade.storage.scratch import scratch_folder, temporary_files_in
+
+    def give_up() -> None:
+        report.log("another builder has taken this work over: it is left to that one")
+        os._exit(Interrupted.exit_code)
+
+    with (
+        waits_told(report),
+        scratch_folder(Path(job.options.cache), job.kind) as scratch,
+        temporary_files_in(scratch),
+        Lease(job.training, report, give_up) as lease,
+    ):
+        if not read_manifest(job.location):
+            with gpu_held(job, report):
+                manifest = make(job, scratch, report, stop, lease)
+            report.send("done", bytes=manifest.bytes, seconds=manifest.seconds)
+        lease.finish()
+
+
+def make(job: Job, scratch: Path, report: JsonReport, stop: StopSignal, lease: Lease) -> Manifest:
+    """Do the work and publish it; nobody else is at it."""
     from cascade.family.work import WORK
     from cascade.family.workplace import Workplace
     from cascade.storage.artifacts import publish
 
     start = time.monotonic()
-    Path(job.options.cache).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{job.kind}-", dir=job.options.cache) as scratch:
-        place = Workplace(job, Path(scratch), report, stop)
-        with place.leaving:
-            result = WORK[job.kind](place)
-        manifest = publish(
-            place.folder, job.location, place.draft(result, time.monotonic() - start), report=report
-        )
-        result.after_publish()
-    report.send("done", bytes=manifest.bytes, seconds=manifest.seconds)
+    place = Workplace(job, scratch, report, stop)
+    with place.leaving:
+        result = WORK[job.kind](place)
+    draft = place.draft(result, time.monotonic() - start)
+    return publish(place.folder, job.location, draft, report=report, lease=lease)
 
 
 def explained(error: Exception, job: Job) -> CascadeError | None:
     """The error in our terms: out of memory, or a full disk; None for what only a traceback explains."""
     import torch
+
+    from cascade.storage.faults import DISK_FULL
 
     if isinstance(error, CascadeError):
         return error
@@ -77,11 +101,11 @@ def explained(error: Exception, job: Job) -> CascadeError | None:
             where=job.name,
             remedy="free memory, or take a machine or device with more; run the same command to go on",
         )
-    if any(os.strerror(code) in first_line for code in (errno.ENOSPC, errno.EDQUOT)):
+    for what in (what for code, what in DISK_FULL.items() if os.strerror(code) in first_line):
         # A failed write does not say its file; scratch files lie in the cache.
         path = Path(getattr(error, "filename", None) or job.options.cache)
         return CascadeError(
-            "the disk is full",
+            what,
             value=path,
             where=f"{job.name}, on the disk mounted at {mount_point(path)}",
             remedy="free space there, or give a folder on another disk; run the same command to go on",
@@ -97,7 +121,8 @@ def mount_point(path: Path) -> Path:
 def main() -> int:
     """Run the job named on the command line, or serve those named on standard input."""
     if sys.argv[1] == SERVE:
-        return serve(int(sys.argv[2]))
+        # Python takes seconds to end with torch in it, and whoever cancels a build waits for that.
+        os._exit(exit_code(lambda: serve(int(sys.argv[2]))))
     return run_file(sys.argv[1])
 
 
@@ -123,16 +148,16 @@ def serve(parent: int) -> int:
     import cascade.family.work  # noqa: F401
 
     while not asked.to_stop and (path := sys.stdin.readline().strip()):
-        # A request to stop that comes between the fork and the next lines waits for them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        asked.child = os.fork()
-        if asked.child == 0:
+        # Until the job's end is told, signals are waited for: one that is handled just before a wait for the
+        # child begins would not end that wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, WAKES)
+        job = os.fork()
+        if job == 0:
             os._exit(child(path))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        code = os.waitstatus_to_exitcode(os.waitpid(asked.child, 0)[1])
-        asked.child = None
+        code = asked.end_of(job)
         # What the child wrote last may lack the end of its line.
         print("\n" + json.dumps({"event": "exit", "code": code}), flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAKES)
     return Interrupted.exit_code if asked.to_stop else 0
 
 
@@ -144,24 +169,38 @@ class Asked:
 
     def __init__(self) -> None:
         self.to_stop = False
-        self.child: int | None = None
-        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(Interrupted.exit_code))
         signal.signal(signal.SIGHUP, lambda number, frame: os.killpg(0, signal.SIGTERM))
+        # A signal that nobody handles may be dropped while it is blocked.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.to_stop = True
-        if self.child is None:
-            sys.exit(Interrupted.exit_code)
+    def end_of(self, job: int) -> int:
+        """A child's exit code when it has ended; notes requests to stop meanwhile. WAKES are blocked."""
+        while True:
+            number = signal.sigwait(WAKES)
+            if number == signal.SIGTERM:
+                self.to_stop = True
+            elif number == signal.SIGHUP:
+                os.killpg(0, signal.SIGTERM)
+            else:
+                ended, status = os.waitpid(job, os.WNOHANG)
+                if ended:
+                    return os.waitstatus_to_exitcode(status)
 
 
 def child(path: str) -> int:
     """A forked process's work; its exit code. It must not run what the server has open behind it."""
-    for number in STOPS:
+    for number in WAKES:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAKES)
+    return exit_code(lambda: run_file(path))
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Of work after which `os._exit` ends the process; what it has written is flushed."""
     code = 1
     try:
-        code = run_file(path)
+        code = work()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

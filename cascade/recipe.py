@@ -7,205 +7,25 @@ only what JSON schema can say.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from enum import StrEnum
-from importlib import resources
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any
 
-import yaml
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import model_validator
 
-from cascade.dials import DIALS, Distill, Extend, OnPolicy, Prune, Rope, Shape
+from cascade.dials import DIALS, Prune
 from cascade.distillation.objectives import Objective
-from cascade.errors import InputError
-from cascade.fields import Count, Section, setting
-from cascade.roles import (
-    PREVIOUS,
-    Control,
-    Correction,
-    Policy,
-    Student,
-    TeacherModel,
-    model_from_path,
-)
+from cascade.fields import Section, setting
+from cascade.kinds import PARENT_STAGE, SHARED_FOLDER
+from cascade.quality import Gate
+from cascade.roles import Control, Policy, Student
+from cascade.teacher import Signals, Teacher
+from cascade.texts import Corpus, Watch
+from cascade.trainings import Distill, Extend, HiddenStates, OnPolicy, Rope
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
-RESERVED_STAGES = ("parent", "aliases")
-RESERVED_FAMILY = "shared"
-
-
-class Source(Section):
-    """Where documents come from."""
-
-    path: str = setting(
-        ..., 0, "Path", "`embedded`, a .jsonl, .parquet or .txt file or URL, or a hub data set.", min_length=1
-    )
-    field: str = setting("text", 1, "Field", "The column that holds the text of a document.", min_length=1)
-    split: str = setting("train", 2, "Split", "The split of a hub data set.", min_length=1)
-    config: str | None = setting(
-        None, 3, "Configuration", "The configuration of a hub data set, if it has several."
-    )
-
-
-def source_from_path(value: object) -> object:
-    """A plain string stands for a source with the default field and split."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-class Corpus(Section):
-    """The text that calibrates, teaches and measures every stage."""
-
-    sources: tuple[Annotated[Source, BeforeValidator(source_from_path)], ...] = setting(
-        ..., 0, "Sources", "One or more sources of documents.", min_length=1
-    )
-    sequence_length: int = setting(
-        512, 1, "Sequence length", "Tokens in a packed sequence.", ge=8, le=1_048_576
-    )
-    held_out: float = setting(
-        0.02,
-        2,
-        "Held-out share",
-        "Share of documents kept out of training, chosen by document hash.",
-        gt=0,
-        lt=1,
-    )
-    held_out_tokens: Count = setting(
-        8192,
-        3,
-        "Evaluated tokens",
-        "Held-out tokens that are evaluated, rounded up to whole sequences.",
-        ge=64,
-    )
-    separate_documents: bool = setting(
-        True,
-        4,
-        "Separate documents",
-        "No token sees another document of its sequence; false: a sequence is read as one text.",
-    )
-
-
-class Signals(StrEnum):
-    """How the teacher reaches the student: stored once for the whole family, or run beside every student.
-
-    HIDDEN stores the teacher's last hidden states, which give back whole distributions; TOP_K the likeliest
-    entries of a distribution and the mass of the others; SAMPLED counted draws from it; HEAD_AND_TAIL the
-    likeliest entries and draws from the others. ONLINE stores nothing.
-    """
-
-    HIDDEN = "hidden"
-    ONLINE = "online"
-    TOP_K = "top_k"
-    SAMPLED = "sampled"
-    HEAD_AND_TAIL = "head_and_tail"
-
-    @property
-    def keeps_entries(self) -> bool:
-        """Whether some entries of a distribution are stored instead of what gives all of them back."""
-        return self in (Signals.TOP_K, Signals.SAMPLED, Signals.HEAD_AND_TAIL)
-
-
-class StatePrecision(StrEnum):
-    """Of stored hidden states."""
-
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
-
-
-class Teacher(Section):
-    """Who teaches, from what its signals are, and whether it learns the corpus first."""
-
-    signals: Signals = setting(
-        Signals.HIDDEN,
-        0,
-        "Signals",
-        "hidden: the last hidden states, computed once; head_and_tail, sampled, top_k: entries of the "
-        "distributions, computed once; online: recomputed at every stage.",
-    )
-    precision: StatePrecision = setting(
-        StatePrecision.BFLOAT16, 1, "Precision", "Of `hidden`: bfloat16, or int8 with one scale a token."
-    )
-    token_bytes: int = setting(
-        24,
-        2,
-        "Token bytes",
-        "Of head_and_tail, sampled and top_k: bytes that are stored for a training token.",
-        ge=12,
-        le=256,
-    )
-
-    policy: Policy = setting(
-        Policy.PARENT,
-        3,
-        "Policy",
-        "parent: the original; previous: the child before; model: of `models`; mixture: all of `models`.",
-    )
-    models: tuple[Annotated[TeacherModel, BeforeValidator(model_from_path)], ...] = setting(
-        (),
-        4,
-        "Models",
-        "Of `model`: one for all stages, or one for each; of `mixture`: two or more. All with the parent's "
-        "tokenizer.",
-    )
-    correction_tokens: Count = setting(
-        0, 5, "Correction tokens", "Tokens of the corpus that the teacher is fine-tuned on first; 0: none."
-    )
-    correction: Correction = setting(
-        Correction.FULL,
-        6,
-        "Correction",
-        "What is fine-tuned: full, every weight; lora, low-rank additions (needs the extra `lora`).",
-    )
-    rope: Rope = setting(
-        Rope(),
-        7,
-        "RoPE",
-        "The parent's rotary positions where rows of `extend` are longer than its config allows.",
-    )
-
-    @model_validator(mode="after")
-    def dials_of_the_codec(self) -> Teacher:
-        """Nothing is set that the codec does not have."""
-        if self.precision is not StatePrecision.BFLOAT16 and self.signals is not Signals.HIDDEN:
-            raise ValueError(f"`precision` belongs to signals hidden, not {self.signals.value}")
-        default = type(self).model_fields["token_bytes"].default
-        if self.token_bytes != default and not self.signals.keeps_entries:
-            raise ValueError(
-                f"`token_bytes` belongs to signals head_and_tail, sampled and top_k, not {self.signals.value}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def known_teachers(self) -> Teacher:
-        """Models are there where the policy asks for them; weights of a mixture sum to 1."""
-        policy, count = self.policy, len(self.models)
-        if policy is Policy.MODEL and not count:
-            raise ValueError("policy model needs `models`: one for all stages, or one for each")
-        if policy is Policy.MIXTURE and count < 2:
-            raise ValueError(f"policy mixture needs two or more `models`, not {count}")
-        if policy in (Policy.PARENT, Policy.PREVIOUS) and count:
-            raise ValueError(f"policy {policy.value} takes no `models`; set policy model or mixture")
-        total = math.fsum(model.weight for model in self.models)
-        if policy is Policy.MIXTURE and abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights of a mixture must sum to 1, not {total:g}")
-        if policy is Policy.MODEL and any(model.weight != 1 for model in self.models):
-            raise ValueError("policy model takes no weights; set policy mixture to teach by several at once")
-        if policy is Policy.MIXTURE and self.signals.keeps_entries:
-            raise ValueError(f"a mixture needs whole distributions: signals hidden, not {self.signals.value}")
-        if self.correction_tokens and PREVIOUS in self.names:
-            raise ValueError("`correction_tokens` is for given teachers: a child before has learned already")
-        if self.correction is not Correction.FULL and not self.correction_tokens:
-            raise ValueError("`correction` says how; `correction_tokens` says how long, and is 0")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """What teaches, as the recipe writes it."""
-        given = [model.path for model in self.models]
-        return given or [self.policy.value]
+# The parent's own folder and others beside the stages'; what stands for a stage in the keys of Prefect's
+# artifacts; and `shared`, the folder of a store.
+RESERVED_STAGES = (PARENT_STAGE, "aliases", "builds", "family", "approval", SHARED_FOLDER)
 
 
 class Stage(Section):
@@ -234,6 +54,9 @@ class Stage(Section):
         OnPolicy(), 5, "On policy", "How it is then taught by what it writes itself; nothing by default."
     )
     extend: Extend = setting(Extend(), 6, "Extend", "How its context is extended, beside the next stages.")
+    gate: Gate = setting(
+        Gate(), 7, "Gate", "Limits that it has to keep before the family becomes `stable`; none by default."
+    )
 
     @model_validator(mode="after")
     def one_start(self) -> Stage:
@@ -278,15 +101,22 @@ class Recipe(Section):
         "Controls",
         "What the last child is compared with, in its shape: scratch, one_shot, ce_only, random_prune.",
     )
-    seed: int = setting(0, 6, "Seed", "Fixes the order of the data and every draw.", ge=0, lt=2**31)
+    watch: Watch = setting(
+        Watch(),
+        6,
+        "Watch",
+        "A second corpus that ends a child's training, not that of `extend`, when it over-fits; none by "
+        "default.",
+    )
+    seed: int = setting(0, 7, "Seed", "Fixes the order of the data and every draw.", ge=0, lt=2**31)
     trust_remote_code: bool = setting(
-        False, 7, "Trust remote code", "Run Python code that ships with the parent. Read that code first."
+        False, 8, "Trust remote code", "Run Python code that ships with the parent. Read that code first."
     )
 
     @model_validator(mode="after")
     def falling_stages(self) -> Recipe:
         """Stage names are unique and free, and dials of the same kind fall from stage to stage."""
-        if self.family == RESERVED_FAMILY:
+        if self.family == SHARED_FOLDER:
             raise ValueError(f"family name {self.family!r} is reserved for what families share")
         names = [stage.name for stage in self.stages]
         for name in names:
@@ -354,6 +184,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def hidden_states_of_one_online_teacher(self) -> Recipe:
+        """Stored signals hold no intermediate states, and a mixture has several."""
+        online = self.teacher.signals is Signals.ONLINE and self.teacher.policy is not Policy.MIXTURE
+        for stage in self.stages:
+            asked = stage.distill.hidden_states
+            if asked not in (HiddenStates.AUTO, HiddenStates.OFF) and not online:
+                raise ValueError(
+                    f"stage {stage.name}: `hidden_states: {asked.value}` needs the states of one teacher: "
+                    "set `teacher: {signals: online}` and no policy mixture, or `hidden_states: off`"
+                )
+        return self
+
+    @model_validator(mode="after")
     def objective_of_the_signals(self) -> Recipe:
         """Some entries of a distribution at temperature 1 do for no other divergence or temperature."""
         signals = self.teacher.signals
@@ -368,8 +211,16 @@ class Recipe(Section):
         return self
 
 
+class Approval(StrEnum):
+    """What a person is asked before: nothing, the first training of a run, or the first of every stage."""
+
+    NEVER = "never"
+    BEFORE_FIRST_TRAINING = "before_first_training"
+    EACH_STAGE = "each_stage"
+
+
 class Options(Section):
-    """How a build runs: none of it changes a result, so none of it is part of an artifact's key."""
+    """How a build runs: none of it changes a result by more than rounding, so none is part of a key."""
 
     device: str = setting("", 0, "Device", "A torch device such as `cuda:0`; chosen when empty.")
     checkpoint_seconds: float = setting(
@@ -387,86 +238,24 @@ class Options(Section):
         "Gradient checkpointing",
         "Compute a layer's activations again for its gradients: less memory, about a third more time.",
     )
-
-
-def load_recipe(name: str) -> Recipe:
-    """Read a recipe from a YAML file, or by the name of a packaged one such as `quickstart`.
-
-    Raises InputError that names the file, the key and the value.
-    """
-    path = Path(name)
-    packaged = resources.files("cascade") / "recipes" / f"{name}.yaml"
-    source = packaged if re.match(NAME, name) and packaged.is_file() and not path.is_file() else path
-    try:
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the recipe: {error.strerror}",
-            value=name,
-            where="RECIPE",
-            remedy=f"give a YAML file or one of the packaged recipes: {', '.join(packaged_recipes())}",
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            "the recipe is not valid YAML",
-            value=" ".join(str(error).split()),
-            where=name,
-            remedy="mend the line",
-        ) from error
-    return validate_recipe(tree, where=name)
-
-
-def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("cascade") / "recipes"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    compile: bool = setting(
+        False,
+        4,
+        "Compile",
+        "Compile the student's layers and the loss with torch.compile: a minute or more at the start of "
+        "every training, then faster steps; rounding differs. Needs a C++ compiler, on a GPU Triton.",
     )
-
-
-def validate_recipe(tree: object, *, where: str) -> Recipe:
-    """Check a parsed tree; raises InputError with one line for each wrong key."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        # A list whose items are wrong is called too short as well.
-        problems = [
-            describe_problem(problem)
-            for problem in found
-            if problem["type"] != "too_short" or not any(is_within(other, problem) for other in found)
-        ]
-        raise InputError(
-            "the recipe is wrong:\n" + "\n".join(f"    {problem}" for problem in problems),
-            where=where,
-            remedy="mend these keys; the recipe reference in README.md lists every key with its unit",
-        ) from error
-
-
-def is_within(inner: Any, outer: Any) -> bool:
-    """Whether a pydantic problem lies deeper in the tree, in the same branch."""
-    depth = len(outer["loc"])
-    return len(inner["loc"]) > depth and inner["loc"][:depth] == outer["loc"]
-
-
-def describe_problem(problem: Any) -> str:
-    """One line for one pydantic problem: the key's path, what is wrong, the value, a near miss."""
-    path = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key{suggestion(str(problem['loc'][-1]))}"
-    if problem["type"] == "missing":
-        return f"{path}: required, but missing"
-    if problem["type"] == "int_parsing":
-        return f"{path}: a count such as 8000, 8k, 1.5M or 3B is needed (got {problem['input']!r})"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem["input"]
-    return f"{path}: {message}" + ("" if isinstance(value, dict | list) else f" (got {value!r})")
-
-
-def suggestion(key: str) -> str:
-    """The known key that looks most like `key`, ready to be appended to a message."""
-    models: list[type[Section]] = [Recipe, Corpus, Source, Teacher, TeacherModel]
-    models += [Stage, Prune, Shape, Distill, OnPolicy, Extend, Rope]
-    known = sorted({name for model in models for name in model.model_fields})
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    approval: Approval = setting(
+        Approval.NEVER,
+        5,
+        "Approval",
+        "When the run is suspended, without a machine, until a person resumes it: never, "
+        "before_first_training, each_stage. What is trained already needs none.",
+    )
+    credentials: str = setting(
+        "",
+        6,
+        "Credentials",
+        "Name of a Prefect block of type Secret with a JSON object of AWS_... variables (and HF_TOKEN); the "
+        "worker's own environment when empty.",
+    )

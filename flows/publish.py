@@ -1,42 +1,39 @@
-"""What a build shows in Prefect: log lines, progress, a table a stage, the family card."""
+"""What a build shows in Prefect: its log lines, the cards of its stages and of the family."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import logging
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_CLOUD_UI_URL, PREFECT_UI_URL
 
-from cascade.console import (
-    EXTENDED_COLUMNS,
-    FAMILY_COLUMNS,
-    ConsoleReport,
-    extended_rows,
-    family_rows,
-    figures_text,
-    race_columns,
-    race_rows,
-)
-from cascade.family.job import Job
+from cascade.cards.card import CARD, Card
+from cascade.cards.links import Links
+from cascade.console import ConsoleReport
+from cascade.errors import CascadeError
+from cascade.storage.locations import open_location
+from cascade.storage.patience import waits_told
+from flows.events import stage_completed, stage_reused
 
-# A forwarded progress line in this many seconds keeps the run's log readable.
-LOG_SECONDS = 10.0
-ARTIFACT_SECONDS = 3.0
-# A server that is gone may take long to fail, and a node that cannot report has to wait.
-AFTER_FAILURE_SECONDS = 60.0
+# Of the family's card; a stage's has the stage's name here.
+FAMILY = "family"
 
+# Prefect's loggers that tell how a run or its process ended.
+ENDINGS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
+
+# By build and key: a card that grows stays one artifact.
+_shown: dict[tuple[str, str], UUID] = {}
 _listener: ContextVar[ConsoleReport | None] = ContextVar("listener", default=None)
 
 
@@ -50,6 +47,48 @@ def listener(report: ConsoleReport) -> Iterator[None]:
         _listener.reset(token)
 
 
+def terminal() -> ConsoleReport | None:
+    """The one that listens, if one does."""
+    return _listener.get()
+
+
+@contextmanager
+def waits_shown() -> Iterator[None]:
+    """Say in the flow run's log, and on the terminal, when the flow itself waits for the store."""
+    with waits_told(FlowReport()):
+        yield
+
+
+class NoTraceback(logging.Filter):
+    """Errors of ours say what, which value, where and the way out; where they were raised helps nobody."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Every record stays."""
+        if record.exc_info and isinstance(record.exc_info[1], CascadeError):
+            record.exc_info = None
+        return True
+
+
+for name in ENDINGS:
+    logging.getLogger(name).addFilter(NoTraceback())
+
+
+class FlowReport:
+    """Lines of the flow, from whichever thread."""
+
+    def __init__(self) -> None:
+        self.logger, self.terminal = get_run_logger(), terminal()
+
+    def log(self, message: str) -> None:
+        """One line, never throttled."""
+        self.logger.warning(message)
+        if self.terminal:
+            self.terminal.log(message)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """A flow has none of its own."""
+
+
 # What Prefect's client raises. To show something is never worth a training.
 NotShown = (httpx.HTTPError, PrefectException)
 
@@ -59,102 +98,48 @@ def not_shown(error: Exception) -> str:
     return f"Prefect cannot show this, the work goes on: {type(error).__name__}: {error}"
 
 
-class RunReport:
-    """Forwards a node's events to the run's log and to a progress artifact, throttled."""
-
-    def __init__(self, job: Job) -> None:
-        self.name = job.name
-        self.key = prefect_key(job.family, job.stage, job.kind)
-        self.logger = get_run_logger()
-        self.terminal = _listener.get()
-        self.artifact: UUID | None = None
-        self.warned = False
-        self.next_log = self.next_update = time.monotonic()
-        if self.terminal:
-            self.terminal.start(job.name)
-
-    def log(self, message: str) -> None:
-        """One line, never throttled."""
-        self.logger.info(message)
-        if self.terminal:
-            self.terminal.log(message)
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        """Percent in the artifact, a line in the log, both at most once in some seconds."""
-        now = time.monotonic()
-        if now >= self.next_log:
-            self.next_log = now + LOG_SECONDS
-            self.logger.info(f"{done:,}/{total:,} {unit} {figures_text(figures)}".rstrip())
-        if now >= self.next_update:
-            self.next_update = now + ARTIFACT_SECONDS
-            self._update(100.0 * done / total)
-        if self.terminal:
-            self.terminal.progress(done, total, unit, **figures)
-
-    def finish(self) -> None:
-        """The node is done: so is its progress, if it ever showed any."""
-        if self.artifact:
-            self._update(100.0)
-
-    def _update(self, percent: float) -> None:
-        try:
-            if self.artifact is None:
-                created = create_progress_artifact(percent, key=self.key, description=f"`{self.name}`")
-                # Only in a coroutine it is an awaitable.
-                self.artifact = cast(UUID, created)
-            else:
-                update_progress_artifact(self.artifact, percent)
-        except NotShown as error:
-            self.next_update = time.monotonic() + AFTER_FAILURE_SECONDS
-            if not self.warned:
-                self.warned = True
-                self.logger.warning(not_shown(error))
-
-
 def prefect_key(*parts: str) -> str:
-    """Prefect's artifact keys hold lowercase letters, digits and dashes, and so do our names."""
-    return "-".join(parts)
+    """Prefect's artifact keys hold lowercase letters, digits and dashes; so do our names, but for kinds."""
+    return "-".join(parts).replace("_", "-")
 
 
-def publish_index(index: dict[str, Any]) -> None:
-    """Publish the newest stage as a table, and the family so far as its card."""
+def publish_card(card: Card, store: str, run: str) -> None:
+    """Show a card, and tell automations that its stage is there."""
+    what = f"stage `{card.stage}` of family `{card.family}`" if card.stage else f"family `{card.family}`"
+    key = prefect_key(card.family, card.stage or FAMILY)
     try:
-        if index["stages"]:
-            stage = index["stages"][-1]
-            create_table_artifact(
-                [{"figure": name, "value": str(value)} for name, value in stage.items() if name != "race"],
-                key=prefect_key(index["family"], stage["name"]),
-                description=f"stage `{stage['name']}` of family `{index['family']}`",
-            )
-            if stage.get("race"):
-                create_markdown_artifact(
-                    markdown_table(race_columns(stage), race_rows(stage)),
-                    key=prefect_key(index["family"], stage["name"], "race"),
-                    description=f"race of stage `{stage['name']}`",
-                )
-        create_markdown_artifact(
-            family_card(index), key=prefect_key(index["family"], "family"), description="family card"
-        )
+        if shown := _shown.get((run, key)):
+            with get_client(sync_client=True) as client:
+                client.update_artifact(shown, ArtifactUpdate(data=card.inline))
+        else:
+            created = create_markdown_artifact(card.inline, key=key, description=what)
+            # Only in a coroutine it is an awaitable.
+            _shown[run, key] = cast(UUID, created)
     except NotShown as error:
         get_run_logger().warning(not_shown(error))
+    if card.row:
+        tell = stage_reused if card.row["reused"] else stage_completed
+        tell(card.family, card.row, store, run)
 
 
-def family_card(index: dict[str, Any]) -> str:
-    """The family as Markdown. S3 URIs stand as code: the UI strips links to them."""
-    lines = [f"# Family {index['family']}", "", markdown_table(FAMILY_COLUMNS, family_rows(index))]
-    lines += ["", "Cross-entropy (CE) and KL are held-out, in nats a token.", "", "## Checkpoints", ""]
-    children = [*index["stages"], *index.get("extended", [])]
-    lines += [f"- {child['name']}: `{child['checkpoint']}`" for child in children]
-    if index.get("extended"):
-        lines += ["", "## Long contexts", "", markdown_table(EXTENDED_COLUMNS, extended_rows(index))]
-    return "\n".join(lines) + "\n"
+def log_ending(index: dict[str, Any], store: str) -> None:
+    """The run's last lines: where the family and its card are, and how to make it again."""
+    logger, links = get_run_logger(), Links(open_location(store).uri)
+    family, place = index["family"], links.family(index["family"])
+    logger.info(f"the family is at {place}; show it with: cascade show {shlex.quote(place)}")
+    page = page_of(index["run"], prefect_key(family, FAMILY))
+    logger.info(f"its card: {f'{page} and ' if page else ''}{place}/{CARD}")
+    logger.info(f"make it again, or go on with it: {links.build(family)}")
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join([row(columns), row(["---"] * len(columns)), *(row(cells) for cells in rows)])
+def page_of(run: str, key: str) -> str:
+    """Where the UI shows an artifact of this build; empty where nobody knows of a UI.
 
-
-def row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+    Artifacts have no entry in its sidebar. Of a server of one's own it is the newer UI's page: the older one
+    shows mermaid as text.
+    """
+    root, shown = PREFECT_UI_URL.value(), _shown.get((run, key))
+    if not root or not shown:
+        return ""
+    newer = "" if root.startswith(str(PREFECT_CLOUD_UI_URL.value())) else "/v2"
+    return f"{root}{newer}/artifacts/artifact/{shown}"

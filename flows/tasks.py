@@ -15,7 +15,8 @@ from prefect.states import Completed
 from cascade.errors import CascadeError
 from cascade.family.job import load_job
 from cascade.family.runner import NodeHost
-from flows.publish import RunReport
+from flows.gpu import gpu_slot
+from flows.progress import RunReport
 
 REUSED = "Reused"
 RETRIES = 3
@@ -58,10 +59,16 @@ def run_node(name: str, job: str) -> State[None]:
     """Run one job (JSON) in a node's process; the state is called Reused when it was done before."""
     order = load_job(job)
     report = RunReport(order)
-    with hosting() as host:
-        outcome = host.run(order, report)
+    try:
+        with hosting() as host:
+            outcome = host.run(order, report, lambda: gpu_slot(order, report))
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            report.note("stopped: the next run of this recipe goes on from what it has stored")
+        report.stop()
+        raise
     if outcome.reused:
-        report.log(f"reused {order.uri}, made by run {outcome.manifest.run}")
+        report.note(f"reused {order.uri}, made by run {outcome.manifest.run}")
         return Completed(name=REUSED, message=f"made by run {outcome.manifest.run}")
     report.finish()
     return Completed(message=order.uri)

@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many broken inputs were tried: tests note their number as the property `tried`."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    noted = [note for report in reports for note in getattr(report, "user_properties", ())]
+    if tried := sum(value for name, value in noted if name == "tried"):
+        terminalreporter.write_line(f"broken inputs tried: {tried}")
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS for the whole session, on free loopback ports."""

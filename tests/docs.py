@@ -1,23 +1,26 @@
-"""The parts of README.md that are derived from the code; `python -m tests.docs` writes them anew."""
+"""What code derives in README.md and deploy/prefect.yaml; `python -m tests.docs` writes it anew."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import yaml
 from pydantic_core import PydanticUndefined
 
-from cascade.dials import Distill, Extend, OnPolicy, Prune, Rope, Shape
+from cascade.dials import Prune, Shape
 from cascade.fields import Section
 from cascade.planning.axes import Axis
-from cascade.recipe import Corpus, Options, Recipe, Source, Stage, Teacher, load_recipe
+from cascade.quality import Gate
+from cascade.recipe import Recipe, Stage
 from cascade.roles import TeacherModel
+from cascade.teacher import Teacher
+from cascade.texts import Corpus, Source, Watch
+from cascade.trainings import Distill, Extend, OnPolicy, Rope
 from tests.architectures import ARCHITECTURES, BOUND, UNTURNED, cuts
+from tests.deployment_file import FILE, rendered
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DEPLOYMENT = ROOT / "deploy" / "prefect.yaml"
 REFERENCE, DECODERS = "recipe reference", "decoders"
 SECTIONS: dict[str, type[Section]] = {
     "": Recipe,
@@ -33,6 +36,8 @@ SECTIONS: dict[str, type[Section]] = {
     "stages[].on_policy.": OnPolicy,
     "stages[].extend.": Extend,
     "stages[].extend.rope.": Rope,
+    "stages[].gate.": Gate,
+    "watch.": Watch,
 }
 
 
@@ -79,22 +84,10 @@ def with_derived(readme: str) -> str:
     return readme
 
 
-def with_parameters(deployment: str) -> str:
-    """The deployment file with the packaged recipe as the parameters that fill its form."""
-    parameters = {
-        "store": "families",
-        "options": Options().model_dump(mode="json"),
-        "recipe": load_recipe("quickstart").model_dump(mode="json"),
-    }
-    head = deployment[: deployment.index("    parameters:\n")]
-    body = yaml.safe_dump({"parameters": parameters}, sort_keys=False)
-    return head + "".join(f"    {line}\n" for line in body.splitlines())
-
-
 def main() -> None:
     """Write both files anew."""
     README.write_text(with_derived(README.read_text("utf-8")), "utf-8")
-    DEPLOYMENT.write_text(with_parameters(DEPLOYMENT.read_text("utf-8")), "utf-8")
+    FILE.write_text(rendered(), "utf-8")
 
 
 if __name__ == "__main__":

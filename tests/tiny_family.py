@@ -36,6 +36,16 @@ def tiny_tree(parent: Path, corpus: Path) -> dict[str, Any]:
     }
 
 
+def brief_tree(parent: Path, corpus: Path) -> dict[str, Any]:
+    """The same with a few training steps, for tests of what happens around the nodes."""
+    tree = tiny_tree(parent, corpus)
+    tree["corpus"] |= {"sequence_length": 16, "held_out_tokens": 64}
+    for stage in tree["stages"]:
+        stage["prune"]["calibration_tokens"] = 64
+        stage["distill"] = {"tokens": 256, "batch_tokens": 128}
+    return tree
+
+
 def tiny_recipe(parent: Path, corpus: Path) -> Recipe:
     """The validated recipe."""
     return Recipe.model_validate(tiny_tree(parent, corpus))

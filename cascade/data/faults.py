@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
 from datasets.exceptions import DatasetsError
+from pyarrow.parquet import read_metadata
 
 from cascade.data.files import file_format, root
 from cascade.errors import InputError
+from cascade.parsing import require_shallow
 
 # Arrow's errors are ValueError and NotImplementedError; a cut .gz file is EOFError.
-UNREADABLE = (DatasetsError, ValueError, NotImplementedError, OSError, EOFError)
+UNREADABLE = (DatasetsError, ValueError, NotImplementedError, OSError, EOFError, zlib.error)
 PARQUET_MAGIC = b"PAR1"
 
 
@@ -62,27 +65,50 @@ def parse(path: Path) -> None:
 def json_fault(path: Path) -> tuple[int, str] | None:
     """Line (from 1) and reason of the first fault of a JSON array or of JSON lines, or None."""
     with open_bytes(path) as stream:
-        is_array = stream.read(1) == b"["
-        stream.seek(0)
-        for number, text in [(1, stream.read())] if is_array else numbered(stream):
+        for number, text in values(stream):
             try:
-                json.loads(text)
+                require_shallow(text)
+                # A lone half of a surrogate pair has no encoding.
+                json.dumps(json.loads(text, object_pairs_hook=unique), ensure_ascii=False).encode()
             except json.JSONDecodeError as error:
                 return number + error.lineno - 1, error.msg
-            except UnicodeDecodeError as error:
+            except ValueError as error:
                 return number, str(error)
     return None
 
 
-def numbered(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, counted from 1."""
+def values(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The texts of a file's values and their first lines, counted from 1: of an array that is the whole file,
+    otherwise every line that is not blank."""
+    is_array = stream.read(1) == b"["
+    stream.seek(0)
+    if is_array:
+        return iter([(1, stream.read())])
     return ((number, line) for number, line in enumerate(stream, 1) if line.strip())
 
 
-def is_blank(path: Path) -> bool:
-    """Whether a file holds nothing but white space."""
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose every key is there once; ValueError otherwise."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("a key is there twice")
+    return tree
+
+
+def has_rows(path: Path) -> bool:
+    """Whether there is something to read; raises what is wrong with a file that cannot be looked into."""
+    kind = file_format(path.name)
     with open_bytes(path) as stream:
-        return all(line.isspace() for line in stream)
+        if all(line.isspace() for line in stream):
+            return False
+    with open_bytes(path) as stream:
+        if kind == "parquet":
+            return bool(read_metadata(stream).num_rows)
+        if kind == "json":
+            # Arrow's reader would overrun the stack, which ends the process.
+            for _, text in values(stream):
+                require_shallow(text)
+    return True
 
 
 @contextmanager

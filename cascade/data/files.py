@@ -79,10 +79,11 @@ def download_s3(uri: str, folder: Path) -> list[Path]:
         names = [""]
     targets = []
     for name in names:
+        # Before a path is made of it: the name of an object may hold anything, and lead anywhere.
+        source = location / name if name else location
         target = folder / (name or location.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            (location / name if name else location).download(target)
+            source.download(target)
         except FileNotFoundError:
             raise missing(uri) from None
         targets.append(target)

@@ -141,6 +141,39 @@ def pack(
     )
 
 
+def pack_watched(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    separate: bool = True,
+    report: Report = SILENT,
+) -> Packed:
+    """A corpus that nobody trains on: all rows are held out, in the order that `pack` gives those.
+
+    InputError: too little text for one row.
+    """
+    end_of_text = end_of_text_id(tokenizer)
+    found = list(tokenize(documents, tokenizer, report))
+    rows, none = join(found, 0, end_of_text), join([], 0, end_of_text)
+    if rows.size < sequence_length:
+        raise InputError(
+            f"the watched corpus is too short: {rows.size} tokens do not fill one sequence of "
+            f"{sequence_length}",
+            where="watch.sources",
+            remedy="add text to `watch.sources`, or lower `corpus.sequence_length`",
+        )
+    return Packed(
+        cut(none, sequence_length),
+        cut(rows, sequence_length),
+        0,
+        end_of_text,
+        documents=(0, len(found)),
+        tokens=(0, rows.size),
+        separate=separate,
+    )
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a document; InputError if the tokenizer has none."""
     vocabulary = tokenizer.get_vocab()

@@ -68,8 +68,21 @@ def fingerprint(source: Source) -> str:
 
         parts = ["hub", source.path, str(source.config), source.split, hub_revision(source.path)]
         return _digest(parts)
+    return _digest(sorted(_files(source)))
+
+
+def contents(source: Source) -> frozenset[str]:
+    """What identifies each file of a source, or the whole of one without files."""
+    if source.path == EMBEDDED or not is_file_path(source.path):
+        return frozenset({fingerprint(source)})
+    check(source)
+    return frozenset(_files(source))
+
+
+def _files(source: Source) -> list[str]:
+    """Format and content of each."""
     with local_files(source.path) as files:
-        return _digest(sorted(f"{file_format(path.name)} {file_sha256(path)}" for path in files))
+        return [f"{file_format(path.name)} {file_sha256(path)}" for path in files]
 
 
 def check(source: Source) -> None:

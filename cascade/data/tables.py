@@ -12,7 +12,7 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from cascade.data.faults import UNREADABLE, broken_files_named, innermost, is_blank
+from cascade.data.faults import UNREADABLE, broken_files_named, has_rows, innermost
 from cascade.data.files import failure, file_format, root
 from cascade.errors import InputError
 
@@ -39,7 +39,7 @@ def file_documents(files: list[Path], field: str) -> Iterator[str]:
         chosen = [path for path in files if file_format(path.name) == kind]
         with tempfile.TemporaryDirectory(prefix="cascade-corpus-") as cache, broken_files_named(chosen):
             # `datasets` fails on a file without a single row.
-            if filled := [path for path in chosen if not is_blank(path)]:
+            if filled := [path for path in chosen if has_rows(path)]:
                 for text in texts(load_files(kind, filled, cache), field, where=str(filled[0])):
                     yield from split_text(text) if kind == "text" else (text,)
 

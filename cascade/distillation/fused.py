@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cascade.distillation.compiled import compiled_block
 from cascade.distillation.objectives import Objective, divergence_of
 from cascade.distillation.states import Head
 from cascade.distillation.targets import BucketTargets, SparseTargets, Targets, aligned, dense
-from cascade.distillation.terms import BlockTerms, Rule, bucket_terms, dense_terms, sparse_terms
+from cascade.distillation.terms import (
+    BlockTerms,
+    Rule,
+    before_cap,
+    bucket_terms,
+    dense_terms,
+    sparse_terms,
+    sums,
+)
 from cascade.errors import InputError
 
 IGNORED = -100
@@ -56,6 +65,7 @@ class _Plan:
     scale: float
     chunk: int
     block: int
+    compiled: bool
 
 
 def fused_distillation_loss(
@@ -70,6 +80,7 @@ def fused_distillation_loss(
     cross_entropy_weight: float = 0.0,
     total_targets: int | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Terms:
     """Distillation loss of N tokens, differentiable in `student_hidden` and the head's weight.
 
@@ -82,7 +93,8 @@ def fused_distillation_loss(
     The T^2 keeps the gradient's size independent of the temperature (1503.02531, section 2.1).
     `total_targets` divides the sums: give every micro-batch of one step the step's count, and the
     sum of the losses does not depend on how the step was split. Default: this call's targets.
-    `chunk` is in tokens, derived from `CHUNK_BYTES` when not given.
+    `chunk` is in tokens, derived from `CHUNK_BYTES` when not given. compiled: whole blocks go through
+    `cascade.distillation.compiled` where the targets are whole distributions; the rest is computed as ever.
 
     Raises InputError when the vocabularies differ by more than padding, and for an objective, weight or
     temperature that the targets or the objective do not take.
@@ -99,6 +111,7 @@ def fused_distillation_loss(
         scale=1.0 / max(len(labels) if total_targets is None else total_targets, 1),
         chunk=chunk,
         block=max(1, min(chunk, BLOCK_BYTES // (4 * targets.vocabulary))) if on_cpu else chunk,
+        compiled=compiled,
     )
     # The weight goes apart from its head: autograd looks for tensors among the arguments alone.
     head, weight = replace(student_head, weight=student_head.weight.detach()), student_head.weight
@@ -149,11 +162,11 @@ class _FusedDistillation(torch.autograd.Function):
         grad_ND = torch.empty_like(student_ND) if needs_hidden else None
         # W >= V: entries beyond the shared vocabulary get no gradient.
         grad_WD = torch.zeros_like(student_WD, dtype=wide) if needs_head else None
-        sums = torch.zeros(2, dtype=torch.float64, device=student_ND.device)
+        total = torch.zeros(2, dtype=torch.float64, device=student_ND.device)
         # Under autocast the caller has already chosen the dtype of the states: keep to it.
         with torch.autocast(student_ND.device.type, enabled=False):
             head = head.narrowed(targets.vocabulary).to(student_ND.device, student_ND.dtype)
-            for part, grad_CV in _gradients(student_ND, head, targets, labels_N, plan, sums):
+            for part, grad_CV in _gradients(student_ND, head, targets, labels_N, plan, total):
                 grad_CV = grad_CV.to(student_ND.dtype)
                 if grad_ND is not None:
                     grad_ND[part] = (grad_CV @ head.weight).mul_(plan.scale * head.scale)
@@ -162,7 +175,7 @@ class _FusedDistillation(torch.autograd.Function):
                     _add_product(shared_VD, grad_CV, student_ND[part], plan.scale * head.scale)
         ctx.save_for_backward(grad_ND, grad_WD)  # type: ignore[arg-type]
         ctx.head_dtype = student_WD.dtype  # type: ignore[attr-defined]
-        kl, ce = (sums * plan.scale).unbind()
+        kl, ce = (total * plan.scale).unbind()
         rule = plan.rule
         loss = (1 - rule.weight) * rule.temperature**2 * kl + rule.weight * ce
         ctx.mark_non_differentiable(kl, ce)
@@ -183,7 +196,7 @@ class _FusedDistillation(torch.autograd.Function):
 
 
 def _gradients(
-    student_ND: Tensor, head: Head, targets: Targets, labels_N: Tensor, plan: _Plan, sums: Tensor
+    student_ND: Tensor, head: Head, targets: Targets, labels_N: Tensor, plan: _Plan, total: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunk by chunk the gradient [C, V] for the head's product with the states; adds up divergence and CE.
 
@@ -195,6 +208,8 @@ def _gradients(
     # Written anew for every chunk: memory that is mapped anew costs a page fault for each 4 kB.
     student = torch.empty(size, dtype=wide, device=student_ND.device)
     teacher = None if some else torch.empty_like(student)
+    compiled = compiled_block(plan.rule, head.cap) if plan.compiled else None
+    weight = torch.full((), plan.rule.weight, dtype=wide, device=student_ND.device)
     for start in range(0, len(labels_N), plan.chunk):
         part = slice(start, min(start + plan.chunk, len(labels_N)))
         student_CV = head.logits(student_ND[part], student[: part.stop - start])
@@ -204,14 +219,14 @@ def _gradients(
         for at in range(0, len(student_CV), plan.block):
             rows = slice(at, at + plan.block)
             inside = slice(start + at, min(start + at + plan.block, part.stop))
-            terms = _block_terms(
-                student_CV[rows],
-                targets[inside] if teacher_CV is None else teacher_CV[rows],
-                labels_N[inside],
-                plan.rule,
-            )
-            sums += torch.stack([term.sum(dtype=torch.float64) for term in (terms.value, terms.ce)])
-            _before_cap(student_CV[rows], terms.gradient, head.cap)
+            block_BV, labels_B = student_CV[rows], labels_N[inside]
+            if compiled and teacher_CV is not None and len(block_BV) == plan.block:
+                total += compiled(block_BV, teacher_CV[rows], labels_B, weight)
+                continue
+            told = targets[inside] if teacher_CV is None else teacher_CV[rows]
+            terms = _block_terms(block_BV, told, labels_B, plan.rule)
+            total += sums(terms.value, terms.ce)
+            before_cap(block_BV, terms.gradient, head.cap)
         yield part, student_CV
 
 
@@ -224,14 +239,6 @@ def _block_terms(student_BV: Tensor, targets: Targets | Tensor, labels_B: Tensor
     if isinstance(targets, SparseTargets):
         return sparse_terms(student_BV, targets, labels_B, rule)
     raise TypeError(f"no terms for {type(targets).__name__}")
-
-
-def _before_cap(logits_BV: Tensor, gradient_BV: Tensor, cap: float | None) -> None:
-    """Replace logits by the gradient for what the cap was applied to: tanh' = 1 - tanh^2."""
-    if cap is None:
-        logits_BV.copy_(gradient_BV)
-    else:
-        logits_BV.div_(cap).square_().neg_().add_(1).mul_(gradient_BV)
 
 
 def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, scale: float) -> None:

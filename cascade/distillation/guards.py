@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
 from cascade.distillation.batches import Batch, batch_of
-from cascade.distillation.fused import Terms, fused_distillation_loss
+from cascade.distillation.fused import IGNORED, Terms, fused_distillation_loss
+from cascade.distillation.intermediate import Intermediate, inside, loss_of, parts_of
 from cascade.distillation.settings import Plan
 from cascade.distillation.signals import Part, Teacher
-from cascade.distillation.states import check_head, device_of, final_states, head_of
+from cascade.distillation.states import all_states, check_head, device_of, final_states, head_of
 from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
 from cascade.models.documents import check_documents_apart
@@ -26,7 +27,12 @@ own rounding remains."""
 
 
 def check_before_training(
-    student: PreTrainedModel, teacher: Teacher, corpus: Corpus, plan: Plan, report: Report = SILENT
+    student: PreTrainedModel,
+    teacher: Teacher,
+    corpus: Corpus,
+    plan: Plan,
+    report: Report = SILENT,
+    inner: Intermediate | None = None,
 ) -> dict[str, float]:
     """The head is what it is taken for, the teacher agrees with itself, every term teaches every parameter.
 
@@ -52,20 +58,26 @@ def check_before_training(
         temperature=plan.settings.temperature,
     )
     if isinstance(targets, StateTargets):
-        _require_agreement(loss(targets.states, targets.head, targets).kl.item(), plan)
+        itself = loss(targets.states, targets.head, targets).kl.item()
+        _require_agreement(itself, plan.settings.objective.value)
     sizes = _terms(student, batch, targets, plan, loss)
+    if inner:
+        count = max(1, int((batch.labels != IGNORED).sum()))
+        itself = inner.itself(inside(targets), batch).item() / count
+        _require_agreement(itself, f"hidden_states: {plan.settings.hidden_states}")
+        sizes["hidden states"] = _hidden_states(student, batch, targets, inner) / count
     figures = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
     report.log(f"terms of the loss before the first step, in nats: {figures}")
     return sizes
 
 
-def _require_agreement(itself: float, plan: Plan) -> None:
+def _require_agreement(itself: float, term: str) -> None:
     """Raises CascadeError when the teacher has a loss, in nats, as its own student."""
     if not abs(itself) <= ZERO:
         raise CascadeError(
             "the teacher as its own student has a loss",
             value=f"{itself:.3g} nats",
-            where=plan.settings.objective.value,
+            where=term,
             remedy="check the parent's weights for values that are not finite, or choose another objective",
         )
 
@@ -91,12 +103,26 @@ def _terms(
     return sizes
 
 
-def _require_gradients(student: PreTrainedModel, term: str) -> None:
-    """Raises CascadeError naming the parameters that a term of the loss does not reach."""
+def _hidden_states(student: PreTrainedModel, batch: Batch, targets: Targets, inner: Intermediate) -> float:
+    """The sum of this term, after each part was seen to teach all that it depends on."""
+    _, seen = all_states(student, batch.ids, inner.places, batch.positions)
+    moved = targets[torch.arange(len(targets)).roll(1)]
+    for part, names in zip(parts_of(inner, seen, moved, batch), inner.reached(student), strict=True):
+        part.backward(retain_graph=True)
+        _require_gradients(student, "hidden-state loss", names)
+        student.zero_grad(set_to_none=True)
+    for projection in inner.projections:
+        projection.grad = None
+    return loss_of(inner, tuple(one.detach() for one in seen), targets, batch).item()
+
+
+def _require_gradients(student: PreTrainedModel, term: str, names: Collection[str] | None = None) -> None:
+    """Raises CascadeError naming those parameters, of all or of `names`, that a term does not reach."""
     unreached = [
         name
         for name, parameter in student.named_parameters()
         if parameter.requires_grad
+        and (names is None or name in names)
         and (parameter.grad is None or not torch.isfinite(parameter.grad).all() or not parameter.grad.any())
     ]
     if unreached:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -152,11 +152,20 @@ DEFAULT_WEIGHTS = {Objective.JSD: 0.5, Objective.SKEW_KL: 0.1, Objective.SKEW_RE
 
 
 def divergence_of(objective: Objective, weight: float | None = None) -> Divergence:
-    """The function of that name, with beta or alpha where it has one. Raises ValueError as `check_weight`."""
+    """The function of that name, with beta or alpha where it has one, the same object for the same arguments.
+
+    Raises ValueError as `check_weight`.
+    """
     check_weight(objective, weight)
     if objective not in WEIGHTED:
         return DIVERGENCES[objective]
-    return partial(WEIGHTED[objective], weight=weight or DEFAULT_WEIGHTS[objective])
+    return _at(WEIGHTED[objective], weight or DEFAULT_WEIGHTS[objective])
+
+
+@cache
+def _at(divergence: Callable[..., tuple[Tensor, Tensor]], weight: float) -> Divergence:
+    """The divergence at a weight."""
+    return partial(divergence, weight=weight)
 
 
 def check_weight(objective: Objective, weight: float | None) -> None:

@@ -8,8 +8,10 @@ from cascade.distillation.objectives import DEFAULT_WEIGHTS, Objective, check_we
 from cascade.distillation.schedules import Schedule, WeightSchedule, rate_share, weight_share
 from cascade.errors import InputError
 
+# Kinds of `hidden_states`: of the residual stream, and of attention.
+OF_STATES, RELATIONS = ("cosine", "mse"), "relations"
 # A dial added to a recipe leaves the keys of all that does not use it as they were.
-LATER = ("schedule", "cross_entropy_schedule")
+LATER = ("schedule", "cross_entropy_schedule", "hidden_states_layers")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class DistillSettings:
     micro_rows: rows of one forward and backward pass (bounds memory, changes nothing but rounding).
     learning_rate: the peak. warmup and final: shares, of the steps and of the peak (usual values; others
     were not compared). clip: largest gradient norm. objective_weight: beta or alpha of an
-    objective that has one. Schedules: see `cascade.distillation.schedules`.
+    objective that has one. hidden_states: the kind of `cascade.distillation.intermediate`, added to the
+    others with its weight, and of how many pairs of layers; None: no such term. Schedules: see
+    `cascade.distillation.schedules`.
     """
 
     tokens: int
@@ -38,6 +42,9 @@ class DistillSettings:
     seed: int = 0
     schedule: Schedule = Schedule.LINEAR
     cross_entropy_schedule: WeightSchedule = WeightSchedule.CONSTANT
+    hidden_states: str | None = None
+    hidden_states_weight: float | None = None
+    hidden_states_layers: int = 1
 
     def __post_init__(self) -> None:
         """Raises InputError for a value outside its range."""
@@ -52,6 +59,22 @@ class DistillSettings:
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("cross_entropy_weight", 0 <= self.cross_entropy_weight <= 1, "0 to 1"),
             ("temperature", self.temperature > 0, "more than 0"),
+            (
+                "hidden_states",
+                self.hidden_states in (None, *OF_STATES, RELATIONS),
+                "cosine, mse or relations",
+            ),
+            (
+                "hidden_states_weight",
+                (self.hidden_states_weight or 0) > 0 if self.hidden_states else not self.hidden_states_weight,
+                "more than 0 with `hidden_states`, and to nothing without",
+            ),
+            (
+                "hidden_states_layers",
+                self.hidden_states_layers == 1
+                or (self.hidden_states_layers > 1 and self.hidden_states in OF_STATES),
+                "1 or more with cosine or mse, and to 1 without",
+            ),
         ):
             if not valid:
                 raise InputError(
@@ -93,7 +116,10 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with every number filled in. rows: all training rows; a step's last batch may be short."""
+    """Settings with every number filled in. rows: all training rows; a step's last batch may be short.
+
+    compiled: whether the loss is; it changes rounding alone, and is no part of the record.
+    """
 
     settings: DistillSettings
     rows: int
@@ -101,6 +127,7 @@ class Plan:
     micro_rows: int
     peak_rate: float
     sequence_length: int
+    compiled: bool = False
 
     @property
     def steps(self) -> int:

@@ -5,10 +5,11 @@ B batch, T tokens, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cascade.errors import InputError
@@ -84,6 +85,40 @@ def final_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | 
     """
     apart = {} if positions_BT is None else documents_apart(model, positions_BT)
     return model.base_model(input_ids=ids_BT, use_cache=False, **apart).last_hidden_state
+
+
+Inner = tuple[Tensor, ...]
+"""What chosen modules of a model put out, in their order."""
+
+
+def all_states(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    places: Sequence[nn.Module],
+    positions_BT: Tensor | None = None,
+) -> tuple[Tensor, Inner]:
+    """What `final_states` finds, and what the modules at `places` put out [B, T, ..], and nothing else.
+
+    Of a layer that is the residual stream after it.
+    """
+    found: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        found[module] = output if isinstance(output, Tensor) else output[0]
+
+    # transformers would keep every layer's states.
+    handles = [place.register_forward_hook(keep) for place in places]
+    try:
+        states_BTD = final_states(model, ids_BT, positions_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states_BTD, tuple(found[place] for place in places)
+
+
+def of_targets(states_BTD: Tensor) -> Tensor:
+    """Those that a token is predicted from, row by row [B * (T - 1), ..]: of all but the last."""
+    return states_BTD[:, :-1].flatten(0, 1)
 
 
 def head_of(model: PreTrainedModel) -> Head:

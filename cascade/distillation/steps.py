@@ -12,32 +12,36 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from cascade.distillation.fused import fused_distillation_loss
+from cascade.distillation.intermediate import Intermediate, loss_of
 from cascade.distillation.rows import StepRows
 from cascade.distillation.settings import Plan
-from cascade.distillation.states import device_of, final_states, head_of
+from cascade.distillation.states import all_states, device_of, head_of
 from cascade.distillation.training_state import StepRecord
 from cascade.errors import CascadeError
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one step, in nats per target. See `cascade.distillation.fused.Terms`."""
+    """Of one step, in nats per target. See `cascade.distillation.fused.Terms`; hidden_states: unweighted."""
 
     loss: float
     kl: float
     ce: float
+    hidden_states: float = 0.0
 
 
-def adamw(student: PreTrainedModel, weight_decay: float) -> AdamW:
+def adamw(student: PreTrainedModel, weight_decay: float, *others: nn.Parameter) -> AdamW:
     """AdamW with betas (0.9, 0.95), decay on matrices only (GPT-3, 2005.14165, appendix B).
 
     beta2 = 0.95 forgets in 20 steps, which a run of a few dozen steps needs; 0.999 would not.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    parameters += others
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -51,17 +55,23 @@ def accumulate(
     plan: Plan,
     step: int,
     should_stop: Callable[[], bool],
+    inner: Intermediate | None = None,
 ) -> Losses | None:
     """Add the gradients of the rows of `step` (from 0) to the student; its losses, or None if stopped."""
     device, settings = device_of(student), plan.settings
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     total = rows.targets
     for start in range(0, len(rows), plan.micro_rows):
         batch, targets = rows.part(start, start + plan.micro_rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            student_BTD = final_states(student, batch.ids, batch.positions)[:, :-1].to(dtype)
+            places = inner.places if inner else ()
+            states_BTD, seen = all_states(student, batch.ids, places, batch.positions)
+        student_BTD = states_BTD[:, :-1].to(dtype)
+        hidden = torch.zeros((), device=device)
+        if inner:
+            hidden = loss_of(inner, seen, targets, batch) / max(total, 1)
         terms = fused_distillation_loss(
             student_BTD.flatten(0, 1),
             head_of(student),
@@ -72,9 +82,11 @@ def accumulate(
             temperature=settings.temperature,
             cross_entropy_weight=plan.cross_entropy_weight(step),
             total_targets=total,
+            compiled=plan.compiled,
         )
-        terms.loss.backward()
-        sums += torch.stack([terms.loss.detach().double(), terms.kl, terms.ce])
+        loss = terms.loss + inner.weight * hidden if inner else terms.loss
+        loss.backward()
+        sums += torch.stack([loss.detach().double(), terms.kl, terms.ce, hidden.detach().double()])
         if should_stop():
             return None
     return Losses(*sums.tolist())

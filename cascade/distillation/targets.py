@@ -6,13 +6,13 @@ N tokens, E teacher hidden size, V vocabulary, K kept entries of a token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cascade.distillation.states import Head
+from cascade.distillation.states import Head, Inner
 from cascade.errors import InputError
 
 Index = slice | Tensor
@@ -58,10 +58,14 @@ class DenseTargets(Targets, Protocol):
 
 @dataclass(frozen=True)
 class StateTargets:
-    """Whole distributions: the softmax of the head's logits of the teacher's final states [N, E]."""
+    """Whole distributions: the softmax of the head's logits of the teacher's final states [N, E].
+
+    inner, each [N, ..]: of modules inside it, from a teacher that was asked for them.
+    """
 
     states: Tensor
     head: Head
+    inner: Inner = ()
 
     @property
     def vocabulary(self) -> int:
@@ -74,15 +78,16 @@ class StateTargets:
 
     def __getitem__(self, index: Index) -> StateTargets:
         """Those of some of the tokens."""
-        return StateTargets(self.states[index], self.head)
+        inner = tuple(one[index] for one in self.inner)
+        return StateTargets(self.states[index], self.head, inner)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StateTargets:
         """On a device; states and head in that type."""
-        return StateTargets(self.states.to(device, dtype), self.head.to(device, dtype))
+        return replace(self, states=self.states.to(device, dtype), head=self.head.to(device, dtype))
 
     def narrowed(self, vocabulary: int) -> StateTargets:
         """Over the first entries alone."""
-        return StateTargets(self.states, self.head.narrowed(vocabulary))
+        return replace(self, head=self.head.narrowed(vocabulary))
 
     def logits(self, out: Tensor | None = None) -> Tensor:
         """[N, V], in the states' type unless written to `out`."""

@@ -46,6 +46,19 @@ class BlockTerms:
 
 def dense_terms(student_BV: Tensor, teacher_BV: Tensor, labels_B: Tensor, rule: Rule) -> BlockTerms:
     """Both sides by their logits; the teacher's may be overwritten."""
+    value_B, ce_B, gradient_BV, hard_BV = dense_parts(student_BV, teacher_BV, labels_B, rule)
+    if rule.factor != 1:
+        gradient_BV.mul_(rule.factor)
+    if hard_BV is not None:
+        gradient_BV.add_(hard_BV, alpha=rule.weight)
+    return BlockTerms(value_B, ce_B, _less_labels(gradient_BV, labels_B, rule))
+
+
+def dense_parts(
+    student_BV: Tensor, teacher_BV: Tensor, labels_B: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Divergence [B], cross-entropy [B], the divergence's gradient [B, V] for the student's logits over T,
+    and the student's probabilities [B, V] at temperature 1 where the cross-entropy has a weight."""
     log_BV = student_BV.log_softmax(-1)
     ce_B = -log_BV.gather(1, labels_B[:, None])[:, 0]
     hard_BV = log_BV.exp() if rule.weight else None
@@ -53,11 +66,7 @@ def dense_terms(student_BV: Tensor, teacher_BV: Tensor, labels_B: Tensor, rule: 
         log_BV = (student_BV / rule.temperature).log_softmax(-1)
         teacher_BV = teacher_BV.div_(rule.temperature)
     value_B, gradient_BV = rule.divergence(log_BV, teacher_BV.log_softmax(-1))
-    if rule.factor != 1:
-        gradient_BV.mul_(rule.factor)
-    if hard_BV is not None:
-        gradient_BV.add_(hard_BV, alpha=rule.weight)
-    return BlockTerms(value_B, ce_B, _less_labels(gradient_BV, labels_B, rule))
+    return value_B, ce_B, gradient_BV, hard_BV
 
 
 def bucket_terms(student_BV: Tensor, targets: BucketTargets, labels_B: Tensor, rule: Rule) -> BlockTerms:
@@ -102,3 +111,16 @@ def _less_labels(gradient_BV: Tensor, labels_B: Tensor, rule: Rule) -> Tensor:
         less_B1 = gradient_BV.new_full((len(labels_B), 1), -rule.weight)
         gradient_BV.scatter_add_(1, labels_B[:, None], less_B1)
     return gradient_BV
+
+
+def sums(value_B: Tensor, ce_B: Tensor) -> Tensor:
+    """Both sums, float64 [2]."""
+    return torch.stack([value_B.sum(dtype=torch.float64), ce_B.sum(dtype=torch.float64)])
+
+
+def before_cap(logits_BV: Tensor, gradient_BV: Tensor, cap: float | None) -> None:
+    """Replace logits by the gradient for what the cap was applied to: tanh' = 1 - tanh^2."""
+    if cap is None:
+        logits_BV.copy_(gradient_BV)
+    else:
+        logits_BV.div_(cap).square_().neg_().add_(1).mul_(gradient_BV)

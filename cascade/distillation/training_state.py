@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,9 @@ class StepRecord:
     loss, kl, ce: nats per target, over the same targets; cross_entropy_weight: the share of ce in the loss.
     grad_norm: before clipping. seconds: since the run began, pauses left out; waited: of this step for data.
     memory: the largest so far in bytes, of the device where that is a GPU, else of the process.
+    hidden_states: unweighted, of a training that has this term.
     own_targets: tokens that were to be predicted and that the student had written itself.
+    watched_ce: of the watched corpus after the step, nats per target, where it was measured.
     """
 
     step: int
@@ -42,6 +43,8 @@ class StepRecord:
     waited: float = 0.0
     memory: int = 0
     own_targets: int = 0
+    hidden_states: float = 0.0
+    watched_ce: float | None = None
 
 
 @dataclass
@@ -62,13 +65,44 @@ class Progress:
         return self.steps[-1].tokens if self.steps else 0
 
 
+@dataclass(frozen=True)
+class State:
+    """What `Training.restore` reads again."""
+
+    plan: dict[str, Any]
+    steps: list[StepRecord]
+    tensors: dict[str, Tensor]
+    watch: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps that are finished."""
+        return len(self.steps)
+
+    def save(self, checkpoints: TrainingCheckpoints) -> None:
+        """Store it; before the first step there is nothing worth storing, nor an optimiser state."""
+        if not self.steps:
+            return
+        record: dict[str, Any] = {"plan": self.plan, "steps": [asdict(step) for step in self.steps]}
+        if self.watch:
+            record["watch"] = self.watch
+        checkpoints.save(self.step, self.tensors, record)
+
+
 @dataclass
 class Training:
-    """A student that is being taught: what is trained, its optimiser, and how far it has come."""
+    """A student that is being taught: what is trained, its optimiser, and how far it has come.
+
+    projections: of the hidden-state loss, trained along. watch: the record of the watch, if there is one.
+    best: the weights of its best measurement so far, on the CPU; empty before the first.
+    """
 
     student: PreTrainedModel
     optimizer: Optimizer
     progress: Progress
+    projections: tuple[nn.Parameter, ...] = ()
+    watch: dict[str, Any] | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -85,6 +119,21 @@ class Training:
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+        for place, projection in enumerate(self.projections):
+            # Older snapshots have one without a number.
+            yield f"hidden_states.projection{f'.{place}' if place else ''}", projection
+
+    def keep_best(self) -> None:
+        """Keep the weights as they are."""
+        self.best = {
+            name: parameter.detach().to("cpu", copy=True) for name, parameter in self.named_parameters()
+        }
+
+    @torch.no_grad()
+    def return_to_best(self) -> None:
+        """Give the student the weights that were kept, if any were."""
+        for name, parameter in self.named_parameters() if self.best else ():
+            parameter.copy_(self.best[name])
 
     def random_state(self) -> dict[str, Tensor]:
         """The states of the generators that a forward pass may draw from."""
@@ -93,32 +142,31 @@ class Training:
             states["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
-    def save(self, checkpoints: TrainingCheckpoints, random: dict[str, Tensor]) -> None:
-        """Store weights, optimiser, random state and position as of the last finished step.
-
-        Before the first step there is nothing worth storing, nor an optimiser state.
-        """
-        if not self.progress.steps:
-            return
+    def state(self, random: dict[str, Tensor]) -> State:
+        """A copy of weights, optimiser, random state and position as of the last step, on the CPU."""
         tensors = dict(random)
         for name, parameter in self.named_parameters():
-            tensors[f"weight.{name}"] = parameter.detach()
+            tensors[f"weight.{name}"] = parameter.detach().to("cpu", copy=True)
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        record = {"plan": self.progress.plan, "steps": [asdict(step) for step in self.progress.steps]}
-        checkpoints.save(self.step, tensors, record)
+                tensors[f"optimizer.{key}.{name}"] = value.to("cpu", copy=True)
+        # Never changed in place.
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        return State(self.progress.plan, list(self.progress.steps), tensors, self.watch)
 
     def restore(self, checkpoints: TrainingCheckpoints) -> bool:
         """Load the newest state into student, optimiser, generators and progress.
 
         False when there is none, or when it belongs to other settings or data (a derived default may
-        have changed since): then nothing is touched.
+        have changed since): then nothing is touched. What was not watched so far, such as a leg of a race,
+        may go on watched.
         """
         with tempfile.TemporaryDirectory(prefix="cascade-resume-") as folder:
             found = checkpoints.latest(Path(folder))
             if found is None or found[0]["plan"] != self.progress.plan:
                 return False
             record, tensors = found
+            if record.get("watch") not in (None, self.watch):
+                return False
             steps = [StepRecord(**step) for step in record["steps"]]
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
@@ -127,31 +175,10 @@ class Training:
                         key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
+            kept = {name.removeprefix("best."): name for name in tensors if name.startswith("best.")}
+            self.best = {name: tensors[stored].clone() for name, stored in kept.items()}
             torch.set_rng_state(tensors["random.cpu"].clone())
             if self.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"].clone(), self.device)
         self.progress.steps = steps
         return True
-
-
-class Keeper:
-    """Stores a training's states, at intervals of so many seconds and when it has to stop.
-
-    A state is stored at an interval only once the next step has shown that its loss is healthy: what a later
-    step finds broken was never kept as good. Where a run is asked to stop there is no next step.
-    """
-
-    def __init__(self, training: Training, checkpoints: TrainingCheckpoints | None, seconds: float) -> None:
-        self.training, self.checkpoints, self.seconds = training, checkpoints, seconds
-        self._saved, self._step = time.monotonic(), training.step
-
-    def save_when_due(self, random: dict[str, Tensor]) -> None:
-        """random: from before anything was drawn for the step that is not finished."""
-        if time.monotonic() - self._saved >= self.seconds:
-            self.save(random)
-
-    def save(self, random: dict[str, Tensor]) -> None:
-        """Unless the state is stored already."""
-        if self.checkpoints and self.training.step > self._step:
-            self.training.save(self.checkpoints, random)
-            self._saved, self._step = time.monotonic(), self.training.step

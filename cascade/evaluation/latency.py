@@ -7,6 +7,7 @@ head; the four rates are fitted to measurements of the parent's class at its own
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -93,6 +94,16 @@ class Bench:
         return time.perf_counter() - start
 
 
+def kept(path: Path) -> dict[str, float]:
+    """The measurements in a file; none if it is absent, and none of what is damaged: it is measured again."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    times = found.items() if isinstance(found, dict) else ()
+    return {name: time for name, time in times if isinstance(time, float) and 0 < time < math.inf}
+
+
 @dataclass
 class Latency:
     """Measurements of a bench, each made once and kept in a JSON file."""
@@ -102,7 +113,7 @@ class Latency:
     known: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.known = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        self.known = kept(self.path)
 
     def milliseconds(self, shape: Architecture) -> float:
         """See `Bench.milliseconds`."""

@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cascade.errors import InputError, IntegrityError
-from cascade.family.index import INDEX, read_index
+from cascade.family.addresses import INDEX
+from cascade.family.index import read_index
 from cascade.storage.artifacts import MANIFEST, problems, read_manifest
 from cascade.storage.locations import Location, open_location
 
 
 @dataclass
 class Audit:
-    """What was checked and what is wrong, one line each: where, what, value."""
+    """What was checked and what is wrong, one line each: where, what, value.
+
+    damaged: the artifacts with a problem. absent: those that an index names and that are not there. indexes:
+    the families whose index has a problem.
+    """
 
     artifacts: int = 0
     files: int = 0
     problems: list[str] = field(default_factory=list)
+    damaged: list[Location] = field(default_factory=list)
+    absent: list[Location] = field(default_factory=list)
+    indexes: list[Location] = field(default_factory=list)
 
 
 def audit(location: Location) -> Audit:
@@ -56,11 +64,12 @@ def folder_of(name: str, location: Location) -> Location:
 def named_by_index(family: Location, report: Audit) -> set[str]:
     """URIs of the artifacts that a family's index names, shared ones too; none if it is damaged."""
     try:
-        return {artifact["uri"] for artifact in read_index(family)["artifacts"]}
+        return {open_location(artifact["uri"]).uri for artifact in read_index(family)["artifacts"]}
     except IntegrityError as error:
-        report.problems.append(f"{family.uri}: {error.what}")
-    except (KeyError, TypeError):
+        report.problems.append(f"{family.uri}: {error.what}: {error.value}")
+    except (KeyError, TypeError, InputError):
         report.problems.append(f"{family.uri}: {INDEX} is damaged: it names no artifacts")
+    report.indexes.append(family)
     return set()
 
 
@@ -71,9 +80,13 @@ def check(location: Location, report: Audit) -> None:
         manifest = read_manifest(location)
     except IntegrityError as error:
         report.problems.append(f"{error.where}: {error.what}: {error.value}")
+        report.damaged.append(location)
         return
     if manifest is None:
         report.problems.append(f"{location.uri}: the family's index names it, but it has no {MANIFEST}")
+        report.absent.append(location)
         return
     report.files += len(manifest.files)
-    report.problems += problems(location)
+    if found := problems(location):
+        report.problems += found
+        report.damaged.append(location)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from cascade.dials import Distill, OnPolicy, Prune
+from cascade.dials import Prune
 from cascade.importance.method import Method
 from cascade.presets import Preset
 from cascade.recipe import Recipe, Stage
 from cascade.roles import Control, Student
+from cascade.trainings import Distill, HiddenStates, OnPolicy
 
 
 def control_stage(recipe: Recipe, control: Control) -> Stage:
@@ -58,6 +59,7 @@ def corpus_alone(stage: Stage) -> Distill:
             "objective": fields["objective"].default,
             "objective_weight": fields["objective_weight"].default,
             "temperature": fields["temperature"].default,
+            "hidden_states": HiddenStates.OFF,
         }
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from cascade.architecture import Architecture
+from cascade.distillation.settings import RELATIONS
 from cascade.importance.method import Method
 
 # A backward pass costs twice the forward pass (Kaplan et al., 2001.08361, section 2.1).
@@ -34,6 +36,20 @@ def teacher_flops(parent: Architecture, context: int, stored: bool, whole: bool 
 def student_flops(child: Architecture, context: int, frozen: bool = False) -> int:
     """One trained token. frozen: matrices get no gradients of their own, only pass them on."""
     return (TRAINING_FORWARDS - frozen) * child.forward_flops(context)
+
+
+def inner_flops(child: Architecture, teacher: Architecture, context: int, distill: Mapping[str, Any]) -> int:
+    """One trained token through what the hidden-state loss multiplies, where there is one: the maps between
+    different widths, or the products of its queries, keys and values with those of context/2 tokens.
+
+    distill: the settings in the section of a training.
+    """
+    if distill.get("hidden_states") == RELATIONS:
+        own, others = (shape.queries + 2 * shape.keys for shape in (child, teacher))
+        return context * (TRAINING_FORWARDS * own + others)
+    if "hidden_states" not in distill or child.hidden == teacher.hidden:
+        return 0
+    return distill.get("hidden_states_layers", 1) * TRAINING_FORWARDS * 2 * child.hidden * teacher.hidden
 
 
 def writing_flops(child: Architecture, context: int, rows: int) -> int:

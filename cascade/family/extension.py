@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedConfig
 
-from cascade.dials import Distill, OnPolicy
 from cascade.errors import InputError
 from cascade.family.graph import Section
 from cascade.models.decoder import Decoder
@@ -19,6 +18,7 @@ from cascade.models.positions import RopeSettings
 from cascade.models.rope import FULL_ATTENTION, extended_config
 from cascade.pruning.proof import TOKENS, random_miniature
 from cascade.recipe import Recipe, Stage
+from cascade.trainings import Distill, OnPolicy
 
 
 def lengths(recipe: Recipe) -> list[int]:

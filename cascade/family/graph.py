@@ -4,40 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from cascade.architecture import Architecture
+from cascade.kinds import SHARED, SHARED_FOLDER, Kind
 from cascade.recipe import Recipe, Stage
 from cascade.roles import Control
 from cascade.storage.locations import Location
 from cascade.storage.manifest import artifact_key
 
 Section = dict[str, Any]
-
-
-class Kind(StrEnum):
-    """What a node makes; also the name of its folder in the store."""
-
-    CORPUS = "corpus"
-    PARENT = "parent"
-    GIVEN = "given"
-    CORRECTED = "corrected"
-    SIGNALS = "signals"
-    IMPORTANCE = "importance"
-    PRUNED = "pruned"
-    INITIALISED = "initialised"
-    RACED = "raced"
-    DISTILLED = "distilled"
-    ON_POLICY = "on_policy"
-    EXTENDED = "extended"
-    EVALUATED = "evaluated"
-    EVALUATED_LONG = "evaluated-long"
-
-
-# Shared by every family with the same teacher, corpus and packing.
-SHARED = (Kind.CORPUS, Kind.SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -67,8 +44,12 @@ class Node:
 
     def location(self, store: Location) -> Location:
         """`<root>/<family>/<stage>/<kind>/<key12>`, or `<root>/shared/<kind>/<key12>`."""
-        folder = store / "shared" if self.kind in SHARED else store / self.family / self.stage
-        return folder / self.kind / self.key[:12]
+        return owner_folder(store, self.kind, self.family, self.stage) / self.kind / self.key[:12]
+
+
+def owner_folder(store: Location, kind: str, family: str, stage: str) -> Location:
+    """Where a node of this kind is browsed: in its stage's folder, or in the one that families share."""
+    return store / SHARED_FOLDER if kind in SHARED else store / family / stage
 
 
 @dataclass(frozen=True)
@@ -224,12 +205,13 @@ class Graph:
     """A planned family. Iterating yields every node after its inputs.
 
     signals: of the parent, where it teaches from them; what else teaches belongs to the stages. extended: the
-    long-context branches. controls: of the last stage.
+    long-context branches. controls: of the last stage. watched: the second corpus, if there is one.
     """
 
     recipe: Recipe
     original: Architecture
     corpus: Node
+    watched: Node | None
     parent: Node
     signals: Node | None
     evaluated: Node
@@ -248,7 +230,8 @@ class Graph:
     @property
     def trunk(self) -> list[Node]:
         """What comes before the first stage."""
-        return [*self.corpora, self.parent, *([self.signals] if self.signals else []), self.evaluated]
+        packed = [*self.corpora, *([self.watched] if self.watched else [])]
+        return [*packed, self.parent, *([self.signals] if self.signals else []), self.evaluated]
 
     def __iter__(self) -> Iterator[Node]:
         """The order on one machine; a node that several stages need comes once.

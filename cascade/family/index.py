@@ -6,46 +6,92 @@ Its keys are stable for programs: more may be added, none is renamed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.errors import ConsoleError
+
 from cascade.errors import InputError, IntegrityError
+from cascade.family.addresses import INDEX, right_address
 from cascade.family.graph import ExtendedNodes, Graph, Node, StageNodes
 from cascade.family.ledger import ledger
 from cascade.family.runner import Outcome
+from cascade.parsing import parse_json
+from cascade.storage.lease import Lease
 from cascade.storage.locations import Location
 
-INDEX = "family.json"
+WRITING = ".family.json.writing"
 Json = dict[str, Any]
 
 
-def has_index(graph: Graph, store: Location) -> bool:
-    """Whether the family was built in this store before."""
-    return (store / graph.recipe.family / INDEX).exists()
+def write_index(
+    index: Json, store: Location, complete: bool, beside: Mapping[str, bytes] | None = None
+) -> bool:
+    """Replace `family.json` in one step, and then the files `beside` it; returns whether it was ours to do.
+
+    complete: all of its recipe is built. What is not stands there only until a build ends: neither an
+    interrupted rebuild nor another recipe's build beside this one hides a family that is whole.
+    """
+    text = json.dumps(index | {"complete": complete}, indent=2) + "\n"
+    family = store / index["family"]
+    # From the look until the last write nobody else may write.
+    with Lease(family / WRITING):
+        ours = complete or not stands(family, index["run"])
+        if ours:
+            for path, data in {INDEX: text.encode(), **(beside or {})}.items():
+                (family / path).write_bytes(data)
+    return ours
 
 
-def write_index(index: Json, store: Location) -> None:
-    """Replace `family.json` in one step."""
-    text = json.dumps(index, indent=2) + "\n"
-    (store / index["family"] / INDEX).write_bytes(text.encode())
+def stands(family: Location, run: str) -> bool:
+    """Whether there is an index that this run must not replace by an incomplete one."""
+    try:
+        found = json.loads((family / INDEX).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    # Older versions did not say whether it is complete.
+    return bool(found["run"] != run and found.get("complete", True))
 
 
 def read_index(family: Location) -> Json:
     """Read `<root>/<family>/family.json`; raises InputError when the family was never built there."""
     try:
-        index: Json = json.loads((family / INDEX).read_bytes())
+        index: Json = parse_json((family / INDEX).read_bytes())
     except FileNotFoundError:
         raise InputError(
             "there is no family and no artifact here",
             value=family.uri,
             where=f"neither {INDEX} nor manifest.json exists",
-            remedy="give <root>/<family>, or the folder of an artifact; `cascade build` makes them",
+            remedy=right_address(family)
+            or "give <root>/<family>, or the folder of an artifact; `cascade build` makes them",
         ) from None
     except ValueError as error:
-        raise IntegrityError(
-            f"{INDEX} is damaged: {error}", value=family.uri, remedy="`cascade build` writes it again"
-        ) from error
+        raise damaged(family, error) from error
+    if not isinstance(index, dict):
+        raise damaged(family, "it is no JSON object")
     return index
+
+
+@contextmanager
+def damage_named(family: Location) -> Iterator[None]:
+    """While an index is read: whatever it lacks, or has in another form, becomes an IntegrityError."""
+    try:
+        yield
+    except (AttributeError, ConsoleError, LookupError, TypeError, ValueError) as error:
+        reason = f"a figure is missing, or is none ({type(error).__name__}: {error})"
+        raise damaged(family, reason) from error
+
+
+def damaged(family: Location, reason: object) -> IntegrityError:
+    """The error for an index that cannot be read, or does not say what it should."""
+    return IntegrityError(
+        f"{INDEX} is damaged",
+        value=reason,
+        where=f"{family.uri}/{INDEX}",
+        remedy="`cascade build` writes it again; no artifact is touched",
+    )
 
 
 def family_index(graph: Graph, store: Location, done: dict[str, Outcome], run: str) -> Json:
@@ -77,11 +123,12 @@ def family_index(graph: Graph, store: Location, done: dict[str, Outcome], run: s
 
 
 def artifact_record(node: Node, store: Location, outcome: Outcome) -> Json:
-    """One artifact of the build; `run` names the build that made it."""
+    """One artifact of the build; `run` names the build that made it. inputs: role -> key of the artifact."""
     return {
         "node": node.name,
         "uri": node.location(store).uri,
         "key": node.key,
+        "inputs": {role: source.key for role, source in node.inputs.items()},
         "reused": outcome.reused,
         "seconds": outcome.manifest.seconds,
         "bytes": outcome.manifest.bytes,
@@ -96,7 +143,9 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
 
     seconds: of the stage's nodes, from the manifests, whichever run made them. reused: the trained
     checkpoint was there before this build. before_on_policy: the figures of the distilled child, where it was
-    then taught by what it wrote. held_out_ce and kl_to_parent are nats a token.
+    then taught by what it wrote. watched: what the watch of each training found, where there was one;
+    tokens_trained are all that were trained, even where the child is that of an earlier step. held_out_ce and
+    kl_to_parent are nats a token.
     """
     nodes = [node for node in stage if node.key in done]
     facts = done[stage.evaluated.key].manifest.facts
@@ -118,6 +167,11 @@ def stage_record(stage: StageNodes, store: Location, done: dict[str, Outcome]) -
         "reused": all(done[node.key].reused for node in stage.trained),
         "race": race_record(stage, done),
         "before_on_policy": facts["distilled"] if stage.on_policy else None,
+        "watched": {
+            node.kind.value: found
+            for node in stage.trained
+            if (found := done[node.key].manifest.facts.get("watched"))
+        },
     }
 
 

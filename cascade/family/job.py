@@ -13,13 +13,16 @@ from types import FrameType
 from typing import Any, TextIO
 
 from cascade.errors import Interrupted
-from cascade.family.graph import Kind, Node
+from cascade.family.graph import Node, owner_folder
+from cascade.kinds import Kind
 from cascade.storage.locations import Location, open_location
 
 # From the request to stop until a node ends itself, and until its orchestrator kills what is left of it.
 # Prefect kills the orchestrator 30 s after a cancel.
 STOP_SECONDS = 20
 KILL_SECONDS = STOP_SECONDS + 5
+
+TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class RunOptions:
     checkpoint_seconds: float
     trust_remote_code: bool
     gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class Job:
 
     @property
     def training(self) -> Location:
-        """Where a training node keeps its snapshots until its artifact exists."""
-        return open_location(self.options.store) / self.family / self.stage / "training" / self.key[:12]
+        """Where the node keeps what is unfinished until its artifact exists: its lease, snapshots, shards."""
+        store = open_location(self.options.store)
+        return owner_folder(store, self.kind, self.family, self.stage) / TRAINING / self.key[:12]
 
     def dump(self) -> str:
         """The job as JSON, read back by `load_job`."""

@@ -14,11 +14,11 @@ from cascade.architecture import Architecture
 from cascade.family.cost import student_flops
 from cascade.family.graph import Graph, Node, Teaching
 from cascade.family.runner import Outcome
+from cascade.kinds import SHARED_FOLDER
 from cascade.storage.manifest import Manifest
 
 Json = dict[str, Any]
 Done = dict[str, Outcome]
-SHARED = "shared"
 # Manifests before this schema version do not tell whose FLOPs they count.
 TELLS_TEACHER = 2
 
@@ -31,7 +31,7 @@ def ledger(graph: Graph, done: Done) -> Json:
     every child trained by itself on as many tokens, with its teachers running beside it.
     """
     seen: set[str] = set()
-    shared = [entry(SHARED, graph.trunk, done, seen)]
+    shared = [entry(SHARED_FOLDER, graph.trunk, done, seen)]
     stages = [entry(stage.stage.name, stage, done, seen) for stage in graph.stages]
     extended = [entry(branch.name, branch, done, seen) for branch in graph.extended]
     controls = [entry(control.stage.name, control, done, seen) for control in graph.controls]
@@ -104,12 +104,20 @@ def trainings(graph: Graph, done: Done) -> list[Training]:
     found = []
     for stage in graph.stages:
         if stage.checkpoint.key in done:
-            written = done[stage.on_policy.key].manifest.flops if stage.on_policy else 0
+            written = on_policy_flops(stage.on_policy, stage.architecture, done) if stage.on_policy else 0
             found.append(training(stage.architecture, stage.distilled, stage.teaching, done, written))
     for branch in graph.extended:
         if branch.extended.key in done:
             found.append(training(branch.child.architecture, branch.extended, branch.teaching, done))
     return found
+
+
+def on_policy_flops(node: Node, child: Architecture, done: Done) -> int:
+    """Of a training on what the child writes, without the measurements of a watched corpus in between."""
+    manifest = done[node.key].manifest
+    length = done[node.inputs["corpus"].key].manifest.facts["sequence_length"]
+    measured: int = manifest.facts.get("watched", {}).get("tokens", 0)
+    return manifest.flops - measured * child.forward_flops(length)
 
 
 def training(child: Architecture, node: Node, teaching: Teaching, done: Done, on_policy: int = 0) -> Training:

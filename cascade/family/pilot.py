@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.dials import Extend, Rope
 from cascade.errors import InputError
-from cascade.family.build import plan_family
 from cascade.family.graph import Graph
+from cascade.family.plan import plan_family
+from cascade.quality import Gate
 from cascade.recipe import Recipe, Stage
 from cascade.storage.locations import open_location
+from cascade.trainings import Extend, Rope
 
 Json = dict[str, Any]
 TABLE = "pilot.json"
@@ -36,7 +37,9 @@ def pilot_recipe(recipe: Recipe, number: int, tokens: int) -> Recipe:
         prune = stage.prune.model_copy(update={"candidates": 1})
         own = min(tokens, stage.on_policy.tokens)
         on_policy = stage.on_policy.model_copy(update={"tokens": own})
-        update = {"distill": distill, "prune": prune, "on_policy": on_policy, "extend": Extend()}
+        update: Json = {"distill": distill, "prune": prune, "on_policy": on_policy, "extend": Extend()}
+        # A small budget keeps no limits that are meant for the whole one.
+        update["gate"] = Gate()
         return stage.model_copy(update=update)
 
     correction = min(tokens, recipe.teacher.correction_tokens)

@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ from cascade.family.job import KILL_SECONDS, Job
 from cascade.report import Report
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.manifest import Manifest
+from cascade.storage.scratch import scratch_folder
 
 # Lines of a node's own output that are shown when it dies without a word.
 LAST_WORDS = 20
@@ -51,8 +51,10 @@ class NodeHost:
     def __exit__(self, *exception: object) -> None:
         self._close()
 
-    def run(self, job: Job, report: Report) -> Outcome:
-        """Make the job's artifact unless its manifest exists.
+    def run(
+        self, job: Job, report: Report, slot: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Outcome:
+        """Make the job's artifact unless its manifest exists. slot: what is held while it is made.
 
         Raises the node's own error, Interrupted when it was asked to stop, MachineFault when it was killed.
         """
@@ -61,15 +63,18 @@ class NodeHost:
             return Outcome(manifest, reused=True)
         done = False
         try:
-            with tempfile.TemporaryDirectory(prefix="cascade-job-") as folder:
-                path = Path(folder) / "job.json"
+            with scratch_folder(Path(job.options.cache), "job") as folder:
+                path = folder / "job.json"
                 path.write_text(job.dump(), encoding="utf-8")
-                self._make(job, self._send(path), report)
+                with slot():
+                    self._make(job, self._send(path), report)
             done = True
         finally:
             if not done:
                 self._close()
-        return Outcome(made_by(job), reused=False)
+        manifest = made_by(job)
+        # Another build may have made it while this one waited.
+        return Outcome(manifest, reused=manifest.run != job.options.run)
 
     def _send(self, path: Path) -> subprocess.Popen[str]:
         """Hand the job to the process that waits, or to a new one."""
@@ -108,7 +113,12 @@ def made_by(job: Job) -> Manifest:
     """The manifest of a job that has ended well; raises CascadeError when there is none."""
     manifest = read_manifest(job.location)
     if manifest is None:
-        raise CascadeError("the node ended well but published nothing", value=job.name, where=job.uri)
+        raise CascadeError(
+            "the node ended well but published nothing",
+            value=job.name,
+            where=job.uri,
+            remedy="run the same command again; if it stays so, somebody else removes what is stored",
+        )
     return manifest
 
 
@@ -125,7 +135,11 @@ def _failure(job: Job, code: int, words: list[str]) -> CascadeError:
             remedy="run the same command to go on; SIGKILL often means that memory ran out"
             + f"\n{detail}".rstrip(),
         )
-    return CascadeError(f"the node failed with exit code {code}:\n{detail}", where=job.name)
+    return CascadeError(
+        f"the node failed with exit code {code}:\n{detail}",
+        where=job.name,
+        remedy="the lines above say what failed; mended, the same command goes on from what is stored",
+    )
 
 
 @contextmanager
@@ -265,7 +279,7 @@ def _forward_progress(report: Report, event: dict[str, Any]) -> None:
 
 
 def _forward_done(report: Report, event: dict[str, Any]) -> None:
-    report.log(f"stored {event['bytes'] / 1e6:,.1f} MB in {event['seconds']:.1f} s")
+    report.log(f"made in {event['seconds']:.1f} s; stored {event['bytes'] / 1e6:,.1f} MB")
 
 
 HANDLERS: dict[str, Callable[[Report, dict[str, Any]], None]] = {

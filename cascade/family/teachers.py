@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from cascade.architecture import Architecture
 from cascade.distillation.settings import DistillSettings, derived_learning_rate
-from cascade.family.graph import Kind, Lesson, Node, Nodes, Section, Teaching
-from cascade.recipe import Recipe, Signals, StatePrecision
+from cascade.family.graph import Lesson, Node, Nodes, Section, Teaching
+from cascade.kinds import PARENT_STAGE, Kind
+from cascade.recipe import Recipe
 from cascade.roles import PARENT, PREVIOUS, Correction, Policy, TeacherModel
+from cascade.teacher import Signals, StatePrecision
 
 # Of the peak rate that a student of the teacher's size would get (Minitron, 2407.14679, section 3).
 CORRECTION_RATE = 1 / 5
@@ -142,18 +144,18 @@ class Faculty:
         node, model = self.root
         if path != PARENT:
             model = self.given[path].architecture
-            node = given_node(self.nodes, "parent", self.given[path])
+            node = given_node(self.nodes, PARENT_STAGE, self.given[path])
             lessons.append(Lesson(node, model))
         if self.recipe.teacher.correction_tokens:
             section = correction_section(self.recipe, model)
             inputs = {"student": node, "corpus": self.corpus}
-            lessons.append(Lesson(self.nodes.node(Kind.CORRECTED, "parent", section, inputs), model))
+            lessons.append(Lesson(self.nodes.node(Kind.CORRECTED, PARENT_STAGE, section, inputs), model))
         return lessons, model
 
     def signals(self, teacher: Node, tokens: int) -> Node:
         """Once for all stages that this teacher teaches."""
         inputs = {"parent": teacher, "corpus": self.corpus}
-        return self.nodes.node(Kind.SIGNALS, "parent", signals_section(self.recipe, tokens), inputs)
+        return self.nodes.node(Kind.SIGNALS, PARENT_STAGE, signals_section(self.recipe, tokens), inputs)
 
 
 def given_node(nodes: Nodes, stage: str, model: Parent) -> Node:

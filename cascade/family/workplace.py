@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,23 +24,18 @@ from cascade.storage.manifest import Draft, InputRecord
 LIBRARIES = ("cascade", "torch", "transformers", "torch-pruning", "datasets", "safetensors")
 
 
-def nothing() -> None:
-    """Nothing is left to do after publishing."""
-
-
 @dataclass(frozen=True)
 class Result:
     """What a node found out, besides its files.
 
     facts: JSON. tokens: processed or trained. flops: analytic, of the whole node. teacher_flops: those of
-    them that teachers took. after_publish: what may only happen once the artifact exists.
+    them that teachers took.
     """
 
     facts: dict[str, Any]
     tokens: int = 0
     flops: int = 0
     teacher_flops: int = 0
-    after_publish: Callable[[], None] = field(default=nothing)
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,11 @@ def stack_of(model: PreTrainedModel) -> str:
     return outermost[0]
 
 
+def layers_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The layers of the one stack, first to last; ValueError as `stack_of`."""
+    return tuple(model.get_submodule(stack_of(model)).children())
+
+
 def within(name: str, stack: str) -> str:
     """The name within its layer of a parameter or module of the stack."""
     return name.removeprefix(f"{stack}.").partition(".")[2]

@@ -81,6 +81,8 @@ def decoder_with(model: PreTrainedModel, anatomy: Anatomy) -> Decoder:
     if not isinstance(embeddings, nn.Embedding) or not isinstance(head, nn.Linear):
         raise unsupported(config, "no plain token embeddings and linear head")
     sizes = configs.read_sizes(config, anatomy.form)
+    if not sizes.layers:
+        raise unsupported(config, "no layers")
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if stored := sorted(model.state_dict().keys() - own):
         raise unsupported(config, f"a stored buffer, which no cut knows ({stored[0]})")

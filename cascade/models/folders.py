@@ -109,13 +109,19 @@ def load_folder_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTra
     """The tokenizer in `path`; raises InputError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:
+        # The Rust library behind it raises plain exceptions, and Python's own code whatever a field leads to.
         raise InputError(
             "there is no tokenizer that can be loaded",
-            value=str(error).splitlines()[0],
+            value=first_words(error),
             where=str(path),
             remedy="put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
         ) from error
+
+
+def first_words(error: BaseException) -> str:
+    """The beginning of what an error says, or its kind."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager

@@ -15,10 +15,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cascade.errors import InputError
+from cascade.models.configs import BUILD_ERRORS
 from cascade.models.folders import no_progress_bars, whole_model
+from cascade.models.gguf_header import check_gguf
+from cascade.storage.cache import touch
 from cascade.storage.local import hidden_sibling
-
-MAGIC = b"GGUF"
 
 
 def describe(path: Path, fingerprint: str, cache: Path) -> Path:
@@ -26,9 +27,10 @@ def describe(path: Path, fingerprint: str, cache: Path) -> Path:
 
     Raises InputError when the file is not a GGUF file or transformers does not know its architecture.
     """
-    with path.open("rb") as stream:
-        if stream.read(len(MAGIC)) != MAGIC:
-            raise _refusal("this is not a GGUF file", path)
+    try:
+        check_gguf(path)
+    except ValueError as error:
+        raise _refusal(f"the GGUF file cannot be read: {error}", path) from error
     # The translation is transformers' own, so another version may give another one.
     folder = cache / "gguf" / f"{fingerprint[:12]}-{transformers.__version__}"
     if not folder.exists():
@@ -42,6 +44,7 @@ def describe(path: Path, fingerprint: str, cache: Path) -> Path:
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+    touch(folder)
     return folder
 
 
@@ -83,7 +86,7 @@ def _gguf_faults(path: Path) -> Iterator[None]:
         # transformers draws the dequantiser's bar whatever its own setting says.
         with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             yield
-    except (ValueError, LookupError, NotImplementedError, struct.error) as error:
+    except (*BUILD_ERRORS, struct.error) as error:
         raise _refusal(f"the GGUF file cannot be read: {' '.join(str(error).split())[:300]}", path) from error
 
 

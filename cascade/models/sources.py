@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,20 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from cascade.errors import InputError
 from cascade.models import checks, gguf_files, hub
 from cascade.models.folders import load_folder, load_folder_tokenizer
+from cascade.models.random_parent import RANDOM, random_folder
 from cascade.storage.artifacts import fetch, read_manifest
+from cascade.storage.cache import touch
+from cascade.storage.faults import store_faults
 from cascade.storage.local import file_sha256
 from cascade.storage.locations import Location, open_location
+from cascade.storage.scratch import scratch_folder
 
 PACKAGE = "package:"
 COPIES = ".copies.json"
 HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([\w./-]+))?$")
 FORMS = (
     "a hub id (organisation/name, optionally @revision), a Hugging Face folder, a .gguf file, "
-    "s3://bucket/folder, an earlier artifact, or package:NAME/FILE.gguf"
+    "s3://bucket/folder, an earlier artifact, package:NAME/FILE.gguf, or random:llama"
 )
 
 
@@ -55,6 +60,8 @@ def resolve_parent(reference: str, *, trust_remote_code: bool = False, cache: Pa
     """
     if reference.startswith(PACKAGE):
         return _local(_package_file(reference), reference, trust_remote_code, cache)
+    if reference.startswith(RANDOM):
+        return _folder(random_folder(reference, cache), "folder", reference, trust_remote_code)
     location = open_location(reference)
     if location.local_path is None:
         return _store(location, reference, trust_remote_code, cache)
@@ -85,13 +92,26 @@ def load_model(source: ParentSource, dtype: torch.dtype | None = None) -> PreTra
     Raises InputError when weights and config do not fit; StorageFault when the hub fails on the way.
     """
     if source.form == "gguf":
-        return gguf_files.load(Path(source.path), source.described_by, dtype)
+        return _finite(gguf_files.load(Path(source.path), source.described_by, dtype), source)
     folder = Path(source.path)
     if source.form == "hub":
         folder = hub.snapshot(source.path, source.revision, weights=True, code=source.trust_remote_code)
         checks.check_weight_names(checks.parent_files(folder), source.reference)
         checks.check_weight_files(folder, source.reference)
-    return load_folder(folder, dtype, trust_remote_code=source.trust_remote_code)
+    return _finite(load_folder(folder, dtype, trust_remote_code=source.trust_remote_code), source)
+
+
+def _finite(model: PreTrainedModel, source: ParentSource) -> PreTrainedModel:
+    """The model; raises InputError if a weight is infinite or no number: all that follows would be, too."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{len(broken)} tensors of the parent hold infinities or what is no number",
+            value=", ".join(broken[:3]),
+            where=source.reference,
+            remedy="fetch the file again, or choose another release",
+        )
+    return model
 
 
 def _local(path: Path, reference: str, trust_remote_code: bool, cache: Path) -> ParentSource:
@@ -122,25 +142,41 @@ def _store(location: Location, reference: str, trust_remote_code: bool, cache: P
         )
     checks.check_weight_names(names, reference)
     folder = cache / "parents" / hashlib.sha256(location.uri.encode()).hexdigest()[:12]
-    _mirror(location, [name for name in names if name.endswith(checks.PARENT_SUFFIXES)], folder)
+    _mirror(location, [name for name in names if name.endswith(checks.PARENT_SUFFIXES)], folder, cache)
     return _folder(folder, "store", reference, trust_remote_code)
 
 
-def _mirror(location: Location, names: list[str], folder: Path) -> None:
-    """Make `folder` hold exactly these files of `location`; what is there unchanged is not fetched again."""
+def _mirror(location: Location, names: list[str], folder: Path, cache: Path) -> None:
+    """Make `folder` hold exactly these files of `location`; what is there unchanged is not fetched again.
+
+    What is fetched comes through a scratch folder of the cache.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    touch(folder)
     # Version in the store and digest of its copy, by name: asking for a version reads no weights.
-    record = open_location(str(folder)) / COPIES
-    copies = json.loads(record.read_bytes()) if record.exists() else {}
+    record = folder / COPIES
+    copies = _noted(record)
     for stale in set(checks.parent_files(folder)) - set(names):
         (folder / stale).unlink()
     for name in names:
         copy, place = folder / name, location / name
         version = place.version()
         if not copy.is_file() or copies.get(name) != [version, file_sha256(copy)]:
-            place.download(copy)
-            copies[name] = [version, file_sha256(copy)]
-            record.write_bytes(json.dumps(copies).encode())
+            with store_faults(str(copy)), scratch_folder(cache, "parent") as staged:
+                place.download(staged / name)
+                copies[name] = [version, file_sha256(staged / name)]
+                (staged / COPIES).write_text(json.dumps(copies))
+                os.replace(staged / name, copy)
+                os.replace(staged / COPIES, record)
+
+
+def _noted(record: Path) -> dict[str, list[str]]:
+    """What `_mirror` noted of its copies; nothing if that is damaged, and they are fetched again."""
+    try:
+        copies = json.loads(record.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return copies if isinstance(copies, dict) else {}
 
 
 def _folder(

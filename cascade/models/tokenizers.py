@@ -9,6 +9,23 @@ from cascade.errors import InputError
 NAMED = 3
 
 
+def require_embedded(tokenizer: PreTrainedTokenizerBase, vocabulary: int, where: str) -> None:
+    """Raise InputError unless the tokenizer has text, and each of its tokens one of `vocabulary` embeddings.
+
+    Special tokens count as well: whoever uses the child may write them.
+    """
+    tokens = tokenizer.get_vocab()
+    beyond = [f"{token!a} ({number})" for token, number in tokens.items() if number >= vocabulary]
+    if not beyond and len(tokens) > len(tokenizer.added_tokens_decoder):
+        return
+    raise InputError(
+        "the tokenizer has tokens beyond the model's embeddings" if beyond else "the tokenizer has no text",
+        value=f"{len(tokens)} tokens, {vocabulary} embeddings; beyond: {', '.join(beyond[:NAMED]) or 'none'}",
+        where=where,
+        remedy="put the tokenizer's files that belong to the model beside its weights",
+    )
+
+
 def require_same_tokenizer(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str = "the tokenizers"
 ) -> None:

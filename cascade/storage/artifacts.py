@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from cascade.errors import CascadeError, InputError, IntegrityError
+from cascade.storage.cache import discard, touch
 from cascade.storage.faults import store_faults
-from cascade.storage.local import hidden_sibling, make_folder
+from cascade.storage.local import make_folder
 from cascade.storage.locations import Location
-from cascade.storage.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, read_manifest
+from cascade.storage.manifest import MANIFEST, REPAIR, FileRecord, Manifest, encode_manifest, read_manifest
 from cascade.storage.publishing import publish
+from cascade.storage.scratch import scratch_folder
 
 __all__ = ["fetch", "fetch_file", "problems", "publish", "read_manifest", "require_manifest"]
 
@@ -37,34 +38,38 @@ def fetch(location: Location, cache: Path) -> Path:
     target = cache.absolute() / manifest.key[:KEY_DIGITS]
     copy = Location(str(target))
     if target.exists():
+        touch(target)
         try:
             _verify_once(copy, manifest)
             return target
         except IntegrityError:
-            _discard(target)
+            discard(target)
     _download(location, manifest, target)
-    _verify_once(copy, manifest)
     return target
 
 
 def fetch_file(location: Location, manifest: Manifest, name: str, folder: Path) -> Path:
     """A local path with one file of an artifact, hashed against the manifest by this call.
 
-    A local store: the file itself. S3: `folder/name`, downloaded unless an intact copy is there. Raises
+    A local store: the file itself. S3: `folder/name`, downloaded unless an intact copy is there, by way of a
+    scratch folder beside `folder`: what a killed process leaves there goes with the next one. Raises
     IntegrityError as `fetch` does, KeyError for a file that the manifest does not name.
     """
     record = manifest.files[name]
     if location.local_path is not None:
+        if leaves(location, name):
+            raise _fault("a file is a link that leads out of the artifact", location / name, "a link")
         _require_same(location / name, record)
         return location.local_path / name
     copy = Location(str(folder.absolute() / name))
     try:
         _require_same(copy, record)
     except IntegrityError:
-        with store_faults(copy.uri):
-            make_folder(folder)
-        _download_file(location / name, folder / name, record)
-        _require_same(copy, record)
+        with store_faults(copy.uri), scratch_folder(folder.parent, "download") as staged:
+            _download_file(location / name, staged / name, record)
+            make_folder((folder / name).parent)
+            os.replace(staged / name, folder / name)
+    touch(folder)
     return folder / name
 
 
@@ -82,20 +87,24 @@ def require_manifest(location: Location) -> Manifest:
     manifest = read_manifest(location)
     if manifest is None:
         raise InputError(
-            f"there is no finished artifact here: {MANIFEST} is missing",
+            "there is no finished artifact here: its manifest is missing",
             value=location.uri,
+            where=(location / MANIFEST).uri,
             remedy="check the address, or build it (again)",
         )
     return manifest
 
 
 def _verify_once(location: Location, manifest: Manifest) -> None:
-    proof = (location.uri, hashlib.sha256(encode_manifest(manifest)).hexdigest())
-    if proof in _verified:
+    if _proof(location, manifest) in _verified:
         return
     for fault in _faults(location, manifest):
         raise fault
-    _verified.add(proof)
+    _verified.add(_proof(location, manifest))
+
+
+def _proof(location: Location, manifest: Manifest) -> tuple[str, str]:
+    return location.uri, hashlib.sha256(encode_manifest(manifest)).hexdigest()
 
 
 def _faults(location: Location, manifest: Manifest) -> Iterator[IntegrityError]:
@@ -104,13 +113,21 @@ def _faults(location: Location, manifest: Manifest) -> Iterator[IntegrityError]:
     for path in sorted(present | manifest.files.keys()):
         record = manifest.files.get(path)
         if record is None:
-            yield _fault("a file is not in the manifest", location / path, "delete it if you put it there")
+            yield _surplus(location / path)
         elif path not in present:
             yield _fault("a file is missing", location / path, f"expected sha256 {record.sha256}")
+        elif leaves(location, path):
+            yield _fault("a file is a link that leads out of the artifact", location / path, "a link")
         else:
             difference = _difference(location / path, record)
             if difference:
                 yield _fault("a file is not what was stored", location / path, difference)
+
+
+def leaves(folder: Location, path: str) -> bool:
+    """Whether a file of a local folder lies elsewhere: what was hashed could be changed from there."""
+    root = folder.local_path
+    return root is not None and not (root / path).resolve().is_relative_to(root.resolve())
 
 
 def _require_same(location: Location, record: FileRecord) -> None:
@@ -134,12 +151,16 @@ def _difference(location: Location, record: FileRecord) -> str:
     )
 
 
+def _surplus(place: Location) -> IntegrityError:
+    return _fault("a file is not in the manifest", place, "it was added after the artifact was stored")
+
+
 def _fault(what: str, place: Location, detail: str) -> IntegrityError:
     return IntegrityError(
         what,
         value=detail,
         where=place.uri,
-        remedy="delete the artifact's folder and build again; only what depended on it is rebuilt",
+        remedy=REPAIR,
     )
 
 
@@ -148,42 +169,45 @@ def _line(error: CascadeError) -> str:
 
 
 def _download(location: Location, manifest: Manifest, target: Path) -> None:
-    """Bring every file under a hidden name, then rename: other processes never see half of a copy."""
-    with store_faults(str(target)):
-        make_folder(target.parent)
-        staged = hidden_sibling(target)
-        try:
-            for path, record in manifest.files.items():
-                _download_file(location / path, staged / path, record)
-            (staged / MANIFEST).write_bytes(encode_manifest(manifest))
-            _rename_unless_there(staged, target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+    """Bring every file into a scratch folder, then rename: other processes never see half of a copy.
+
+    Raises IntegrityError that names what is wrong in the store, not in the copy.
+    """
+    for path in set(location.walk()) - manifest.files.keys() - {MANIFEST}:
+        raise _surplus(location / path)
+    copy = Location(str(target))
+    with store_faults(str(target)), scratch_folder(target.parent, "download") as staged:
+        for path, record in manifest.files.items():
+            _download_file(location / path, staged / path, record)
+        (staged / MANIFEST).write_bytes(encode_manifest(manifest))
+        if _renamed(staged, target):
+            _verified.add(_proof(copy, manifest))
+        else:
+            _verify_once(copy, manifest)
 
 
 def _download_file(source: Location, target: Path, record: FileRecord) -> None:
-    """Download one file, never more than its record promises."""
+    """Download one file, never more than its record promises, and hash it."""
     try:
         size = source.size()
     except FileNotFoundError:
         raise _fault("a file is missing", source, f"expected sha256 {record.sha256}") from None
     if size != record.size:
         raise _fault("a file is not what was stored", source, _difference(source, record))
-    source.download(target)
+    # It may have been replaced since.
+    source.download(target, record.size)
+    difference = _difference(Location(str(target)), record)
+    if difference:
+        target.unlink()
+        raise _fault("a file is not what was stored", source, difference)
 
 
-def _rename_unless_there(staged: Path, target: Path) -> None:
+def _renamed(staged: Path, target: Path) -> bool:
+    """False when another process has brought the same artifact meanwhile."""
     try:
         os.rename(staged, target)
     except OSError:
-        # Another process brought the same artifact meanwhile; its copy is verified like ours.
         if not target.exists():
             raise
-
-
-def _discard(folder: Path) -> None:
-    """Remove a damaged copy; readers that hold its files open keep them."""
-    with store_faults(str(folder)):
-        doomed = hidden_sibling(folder)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        return False
+    return True

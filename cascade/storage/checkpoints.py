@@ -44,9 +44,9 @@ class TrainingCheckpoints:
             content = json.dumps({"step": step, "sha256": digest, "record": record}, allow_nan=False)
             (place / RECORD).write_bytes(content.encode())
         steps = self._steps()
-        # A run that fell back to an earlier state makes the later ones again.
-        later = [known for known in steps if known > step]
-        for unneeded in later + steps[: len(steps) - len(later)][: -self.keep]:
+        # A run that fell back to an earlier state makes the later ones again; half of one is of no use.
+        whole = [known for known in steps if known <= step and self._record(known)]
+        for unneeded in set(steps) - set(whole[-self.keep :]):
             self._place(unneeded).delete_tree()
 
     def latest(self, cache: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -61,10 +61,6 @@ class TrainingCheckpoints:
                 if tensors is not None:
                     return record["record"], tensors
         return None
-
-    def delete(self) -> None:
-        """Remove all checkpoints, once the artifact they led to is stored."""
-        self.location.delete_tree()
 
     def _steps(self) -> list[int]:
         names = (name.removeprefix("step-") for name in self.location.children() if name.startswith("step-"))

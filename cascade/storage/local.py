@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cascade.errors import InputError
 from cascade.storage.faults import refused
+from cascade.storage.listing import Entry
 
 
 class LocalStore:
@@ -52,7 +53,10 @@ class LocalStore:
 
     def children(self, path: str) -> list[str]:
         """Names directly inside; folders that hold nothing count, S3 has none."""
-        return os.listdir(path) if os.path.isdir(path) else []
+        # Another process may be removing it.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.listdir(path)
+        return []
 
     def walk(self, path: str) -> list[str]:
         """Relative paths of the files inside, with forward slashes."""
@@ -63,13 +67,24 @@ class LocalStore:
             for name in names
         ]
 
+    def listing(self, path: str) -> list[Entry]:
+        """All files inside; one that disappears meanwhile is left out. Links to folders are not followed."""
+        root, found = Path(path), []
+        for folder, _, names in os.walk(root):
+            for file in (Path(folder) / name for name in names):
+                with suppress(FileNotFoundError):
+                    status = file.lstat()
+                    name = file.relative_to(root).as_posix()
+                    found.append(Entry(name, status.st_size, status.st_mtime))
+        return found
+
     def upload(self, source: Path, path: str, create: bool) -> None:
         """Copy beside the final name, then move there."""
         with staged_file(Path(path), create) as temporary:
             shutil.copyfile(source, temporary)
 
-    def download(self, path: str, target: Path) -> None:
-        """Copy the file."""
+    def download(self, path: str, target: Path, size: int | None) -> None:
+        """Copy the file; whatever its size, it lies on this machine already."""
         shutil.copyfile(path, target)
 
     @contextmanager
@@ -77,6 +92,11 @@ class LocalStore:
         """A path beside the final name that is moved there on leaving."""
         with staged_file(Path(path), create=False) as temporary:
             yield temporary
+
+    def move(self, path: str, target: str) -> None:
+        """Rename the file, or the folder."""
+        make_folder(Path(target).parent)
+        os.rename(path, target)
 
     def delete_tree(self, path: str) -> None:
         """Remove the folder with all that is in it, or the file; nothing to do when it is absent."""
@@ -88,7 +108,11 @@ class LocalStore:
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
 
-    def check(self, path: str, create: bool) -> None:
+    def provide(self, path: str) -> bool:
+        """Folders are made when something is written into them."""
+        return False
+
+    def check(self, path: str, create: bool, wait: bool) -> None:
         """Try to write a file in the nearest folder that exists; make none."""
         folder = Path(path)
         try:
@@ -100,7 +124,9 @@ class LocalStore:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except FileNotFoundError:
-            raise InputError("the folder does not exist", value=path, remedy="check the path") from None
+            raise InputError(
+                "the folder does not exist", value=folder.name, where=path, remedy="check the path"
+            ) from None
         except OSError as error:
             raise refused(error, path) or InputError(
                 f"the folder cannot be used: {error.strerror}",
@@ -136,10 +162,13 @@ def staged_file(path: Path, create: bool) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and those above it. NotADirectoryError if a file is in the way."""
+    """Make the folder and those above it. NotADirectoryError if a file is in the way, FileNotFoundError if
+    somebody removes the folder at this moment."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
+        if not os.path.lexists(folder):
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(folder)) from error
         raise NotADirectoryError(errno.ENOTDIR, "a file is in the way", str(folder)) from error
 
 

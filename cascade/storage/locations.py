@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,11 +12,14 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from cascade.errors import InputError
-from cascade.storage.faults import store_faults
+from cascade.storage.faults import full_disk, store_faults
+from cascade.storage.listing import Entry
 from cascade.storage.local import LocalStore
 from cascade.storage.s3 import S3Store
 
 S3_SCHEME = "s3://"
+# Where an address is wrong; nobody has looked yet whether anything is there.
+ADDRESS = "the address of a store, a file or a model"
 
 
 class Store(Protocol):
@@ -48,19 +52,28 @@ class Store(Protocol):
     def walk(self, path: str) -> list[str]:
         """Relative paths of all files inside."""
 
+    def listing(self, path: str) -> list[Entry]:
+        """All files inside with their sizes and times."""
+
     def upload(self, source: Path, path: str, create: bool) -> None:
         """Copy a local file here in one step; with `create`, FileExistsError if there is one."""
 
-    def download(self, path: str, target: Path) -> None:
-        """Copy the file to a local path."""
+    def download(self, path: str, target: Path, size: int | None) -> None:
+        """Copy the file to a local path; size: as in `Location.download`."""
 
     def staged(self, path: str) -> AbstractContextManager[Path]:
         """A local path to write to; what is there on leaving becomes the file."""
 
+    def move(self, path: str, target: str) -> None:
+        """Give the file another name, which nobody else uses; on S3 by a copy."""
+
     def delete_tree(self, path: str) -> None:
         """Remove everything inside."""
 
-    def check(self, path: str, create: bool) -> None:
+    def provide(self, path: str) -> bool:
+        """Make the bucket if there is none; whether it was made."""
+
+    def check(self, path: str, create: bool, wait: bool) -> None:
         """Raise InputError if the store cannot be read or, with `create`, not be written."""
 
 
@@ -95,6 +108,15 @@ class Location:
     def name(self) -> str:
         """The last part of the path."""
         return self.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Location | None:
+        """The folder around it; None for a bucket, and for the root of this machine."""
+        if self.uri.startswith(S3_SCHEME):
+            around, _, _ = self._path.rstrip("/").rpartition("/")
+            return Location(S3_SCHEME + around) if around else None
+        path = Path(self.uri)
+        return Location(str(path.parent)) if path.parent != path else None
 
     @property
     def local_path(self) -> Path | None:
@@ -157,15 +179,23 @@ class Location:
         with store_faults(self.uri):
             return sorted(path for path in self._store.walk(self._path) if not is_hidden(path))
 
+    def listing(self) -> list[Entry]:
+        """All files inside, hidden ones too, sorted by path; [] when there is nothing here."""
+        with store_faults(self.uri):
+            return sorted(self._store.listing(self._path), key=lambda entry: entry.path)
+
     def upload(self, source: Path, create: bool = False) -> None:
         """Copy a local file of any size here, all or nothing. create: as in `write_bytes`."""
         with store_faults(self.uri):
             self._store.upload(source, self._path, create)
 
-    def download(self, target: Path) -> None:
-        """Copy the file, of any size, to `target`, which appears whole or not at all."""
-        with store_faults(self.uri), _LOCAL.staged(str(target)) as path:
-            self._store.download(self._path, path)
+    def download(self, target: Path, size: int | None = None) -> None:
+        """Copy the file, of any size, to `target`, which appears whole or not at all.
+
+        size: bytes that it has; should it be larger, no more are fetched. None: as many as it has.
+        """
+        with store_faults(self.uri), full_disk(str(target)), _LOCAL.staged(str(target)) as path:
+            self._store.download(self._path, path, size)
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
@@ -175,6 +205,11 @@ class Location:
         """
         with store_faults(self.uri), self._store.staged(self._path) as path:
             yield path
+
+    def move(self, target: Location) -> None:
+        """Give the file another name in the same store, which nobody else uses. At any moment it has one."""
+        with store_faults(self.uri):
+            self._store.move(self._path, target._path)
 
     def delete_tree(self) -> None:
         """Remove everything here, or the one file. For checkpoints and unfinished artifacts only."""
@@ -190,15 +225,16 @@ def open_location(uri: str) -> Location:
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if not uri.strip():
-        raise InputError("the location is empty", remedy="give a folder or s3://bucket/prefix")
+        raise InputError("the location is empty", where=ADDRESS, remedy="give a folder or s3://bucket/prefix")
     if scheme is None:
-        return Location(str(Path(uri).expanduser().absolute()))
+        return Location(_absolute(Path(uri).expanduser()))
     if scheme[1].lower() == "file":
-        return Location(str(Path(unquote(urlsplit(uri).path)).absolute()))
+        return Location(_absolute(Path(unquote(urlsplit(uri).path))))
     if scheme[1].lower() != "s3":
         raise InputError(
             "this kind of location is not supported",
             value=scheme[0],
+            where=ADDRESS,
             remedy="give a folder or s3://bucket/prefix; other services are reached by AWS_ENDPOINT_URL",
         )
     path = uri[len(S3_SCHEME) :].rstrip("/")
@@ -208,21 +244,47 @@ def open_location(uri: str) -> Location:
         raise InputError(
             "the address of the store holds credentials or a port",
             value=f"{S3_SCHEME}{path.rpartition('@')[2] if '@' in path else '...'}",
+            where=ADDRESS,
+            remedy="write s3://bucket/prefix; keys and the endpoint come from the AWS_* variables",
+        )
+    if "?" in path:
+        raise InputError(
+            "the address of the store holds a query, which may be a secret",
+            value=f"{S3_SCHEME}{path.partition('?')[0]}",
+            where=ADDRESS,
             remedy="write s3://bucket/prefix; keys and the endpoint come from the AWS_* variables",
         )
     if not is_inside(path):
-        raise InputError("this is not the address of a bucket", value=uri, remedy="write s3://bucket/prefix")
+        raise InputError(
+            "this is not the address of a bucket", value=uri, where=ADDRESS, remedy="write s3://bucket/prefix"
+        )
     return Location(S3_SCHEME + path)
 
 
-def check_store(location: Location, create: bool = True) -> None:
+def _absolute(path: Path) -> str:
+    """From the root, without `..`: one place has one name."""
+    return os.path.abspath(path)
+
+
+def check_store(location: Location, create: bool = True, wait: bool = False) -> None:
     """Find out in seconds, before any work, whether the store can be used; leaves nothing behind.
 
     create: the store has to accept new files (a folder that does not exist yet will do); otherwise it
     only has to be there and readable. InputError that says the way out: endpoint does not answer or is
-    not S3, bucket missing, credentials missing or wrong, not writable, no conditional writes.
+    not S3, bucket missing, credentials missing or wrong, not writable, no conditional writes. StorageFault
+    when it is S3, and failing. wait: nobody sits there who could correct an address; wait for a store that
+    does not answer as any request does, and raise StorageFault in the end.
     """
-    location._store.check(location._path, create)
+    with store_faults(location.uri):
+        location._store.check(location._path, create, wait)
+
+
+def provide_store(location: Location) -> bool:
+    """Make the bucket if there is none, then `check_store`, with its errors; whether the bucket was made."""
+    with store_faults(location.uri):
+        made = location._store.provide(location._path)
+    check_store(location)
+    return made
 
 
 def is_inside(path: str) -> bool:

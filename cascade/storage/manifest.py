@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from cascade.errors import CascadeError, IntegrityError
-from cascade.storage.locations import Location, is_inside
+from cascade.errors import CascadeError, IntegrityError, NewerVersion
+from cascade.parsing import parse_json
+from cascade.storage.locations import Location, is_hidden, is_inside
+from cascade.wording import problem_lines
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+REPAIR = "run `cascade repair` on the store, then build again; only what was damaged is made again"
 # Part of every key. Raise it when the same spec and inputs now give another result.
 CODE_SCHEMA = 1
+# Separators elsewhere, and what no name holds.
+FOREIGN = {"\\", ":", *map(chr, range(32)), "\x7f"}
 
 
 def _checked_path(path: str) -> str:
-    if not is_inside(path) or path == MANIFEST:
+    """A path that means the same file, inside the artifact, on every system."""
+    if not is_inside(path) or path == MANIFEST or is_hidden(path) or set(path) & FOREIGN:
         raise ValueError(f"{path!r} is not a relative path inside the artifact")
     return path
 
@@ -34,6 +42,21 @@ class FileRecord(BaseModel):
 
     sha256: Digest
     size: int = Field(ge=0)
+
+
+def _checked_files(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """Files that can lie beside each other, also where names that only look alike are one name."""
+    names: dict[str, str] = {}
+    for path in files:
+        alike = unicodedata.normalize("NFC", path).casefold()
+        if alike in names:
+            raise ValueError(f"{path!r} and {names[alike]!r} are one name on some systems")
+        names[alike] = path
+    for path in files:
+        folder = next((str(above) for above in PurePosixPath(path).parents if str(above) in files), None)
+        if folder:
+            raise ValueError(f"{folder!r} is a file, and the folder of {path!r}")
+    return files
 
 
 class InputRecord(BaseModel):
@@ -55,7 +78,7 @@ class Draft(BaseModel):
     facts: results that depend on the kind (JSON). run: the run that made it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
     key: Digest
@@ -78,7 +101,7 @@ class Manifest(Draft):
     """A stored artifact: the draft, its files (relative path -> record), their bytes, and when (ISO, UTC)."""
 
     schema_version: int = SCHEMA_VERSION
-    files: dict[RelativePath, FileRecord]
+    files: Annotated[dict[RelativePath, FileRecord], AfterValidator(_checked_files)]
     bytes: int = Field(ge=0)
     created: str
 
@@ -100,10 +123,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in `data`. IntegrityError, naming `where`, when it is damaged or from a newer version."""
     try:
-        content = json.loads(data)
+        content = parse_json(data, finite=True)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise IntegrityError(
+            raise NewerVersion(
                 f"the manifest has schema version {version}; this cascade reads up to {SCHEMA_VERSION}",
                 value=version,
                 where=where,
@@ -111,15 +134,14 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             )
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = f"{'.'.join(str(part) for part in first['loc']) or 'top level'}: {first['msg']}"
+        reason = problem_lines(error)[0]
     except ValueError as error:
         reason = f"not JSON: {error}"
     raise IntegrityError(
         "the manifest is damaged",
         value=reason,
         where=where,
-        remedy="delete the artifact's folder and build again; only what depended on it is rebuilt",
+        remedy=REPAIR,
     )
 
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from cascade.errors import CascadeError, StorageFault
 from cascade.report import SILENT, Report
 from cascade.storage.faults import store_faults
+from cascade.storage.lease import Lease
 from cascade.storage.local import file_sha256, make_folder
 from cascade.storage.locations import Location, is_hidden
 from cascade.storage.manifest import MANIFEST, Draft, FileRecord, Manifest, encode_manifest, read_manifest
@@ -22,10 +23,17 @@ from cascade.storage.manifest import MANIFEST, Draft, FileRecord, Manifest, enco
 # is still uploading. S3 cannot tell; one that has written nothing for this long is taken for dead.
 QUIET_SECONDS = 300.0
 POLL_SECONDS = 5.0
+# Of folders with hidden names, while an artifact is moved into its place.
+STATES = (".incoming", ".remains")
 
 
-def publish(folder: Path, to: Location, draft: Draft, *, report: Report = SILENT) -> Manifest:
+def publish(
+    folder: Path, to: Location, draft: Draft, *, report: Report = SILENT, lease: Lease | None = None
+) -> Manifest:
     """Store every file of `folder` (except hidden ones) as the artifact `to`.
+
+    lease: held by whoever makes this artifact; what other builders left is then of dead ones, and nobody
+    waits for them.
 
     Returns the manifest that stands there afterwards: ours, or that of another builder who was first;
     then ours is dropped. The files of `folder` stay where they are.
@@ -43,7 +51,7 @@ def publish(folder: Path, to: Location, draft: Draft, *, report: Report = SILENT
     )
     if to.local_path is not None:
         return _publish_folder(folder, to, to.local_path, manifest)
-    return _publish_objects(folder, to, manifest, report)
+    return _publish_objects(folder, to, manifest, report, lease)
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:
@@ -65,12 +73,13 @@ def _records(folder: Path) -> dict[str, FileRecord]:
 
 def _publish_folder(folder: Path, to: Location, target: Path, manifest: Manifest) -> Manifest:
     """Build the whole artifact under a hidden name, then rename it: it is there completely or not at all."""
-    with store_faults(to.uri), _only_publisher(target.parent):
+    with store_faults(to.uri), only_publisher(target.parent):
         existing = read_manifest(to)
         if existing is not None:
             return existing
-        staged, remains = (target.with_name(f".{target.name}.{state}") for state in ("incoming", "remains"))
-        shutil.rmtree(staged, ignore_errors=True)
+        staged, remains = (target.with_name(f".{target.name}{state}") for state in STATES)
+        # Nobody else is at it: whatever is here under such a name, a killed publisher left.
+        _remove(path for state in STATES for path in target.parent.glob(f".*{state}"))
         try:
             staged.mkdir()
             for path in manifest.files:
@@ -82,14 +91,18 @@ def _publish_folder(folder: Path, to: Location, target: Path, manifest: Manifest
                 os.rename(target, remains)
             os.rename(staged, target)
         finally:
-            for leftover in (staged, remains):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _remove((staged, remains))
     return manifest
 
 
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
-def _only_publisher(folder: Path) -> Iterator[None]:
-    """Let one process at a time put artifacts into this folder; the kernel frees the lock on any exit."""
+def only_publisher(folder: Path) -> Iterator[None]:
+    """Let one process at a time put artifacts into this folder, or away; any exit frees the lock."""
     make_folder(folder)
     # A file, not the folder: NFS locks only what is open for writing.
     with (folder / ".publishing.lock").open("w") as lock:
@@ -97,23 +110,29 @@ def _only_publisher(folder: Path) -> Iterator[None]:
         yield
 
 
-def _publish_objects(folder: Path, to: Location, manifest: Manifest, report: Report) -> Manifest:
+def _publish_objects(
+    folder: Path, to: Location, manifest: Manifest, report: Report, lease: Lease | None
+) -> Manifest:
     """Create every object, then the manifest; the store refuses each creation whose name is taken."""
-    kept = _settle_remains(to, manifest, report)
+    kept = _settle_remains(to, manifest, report, 0.0 if lease else QUIET_SECONDS)
     if isinstance(kept, Manifest):
         return kept
     for path, record in manifest.files.items():
         if path not in kept and not _created(folder / path, to / path, record):
             return _theirs(to)
+    if lease:
+        # Of a builder that slept meanwhile, others have removed the files.
+        lease.confirm()
     with suppress(FileExistsError):
         (to / MANIFEST).write_bytes(encode_manifest(manifest), create=True)
     # Read back what stands there: a repeated request is refused although its first try was ours.
     return _theirs(to)
 
 
-def _settle_remains(to: Location, manifest: Manifest, report: Report) -> set[str] | Manifest:
+def _settle_remains(to: Location, manifest: Manifest, report: Report, quiet: float) -> set[str] | Manifest:
     """The files already there with our content, after removing all others; or a manifest that appeared.
 
+    quiet: seconds without a new file after which their builder is taken for dead.
     StorageFault when another builder is still at it after a long time.
     """
     kept: set[str] = set()
@@ -127,7 +146,7 @@ def _settle_remains(to: Location, manifest: Manifest, report: Report) -> set[str
         foreign = [path for path in present if path not in kept]
         if not foreign:
             return kept
-        if min((to / path).age() for path in present) > QUIET_SECONDS:
+        if not quiet or min((to / path).age() for path in present) > quiet:
             for path in foreign:
                 (to / path).delete_tree()
             return kept
@@ -135,7 +154,7 @@ def _settle_remains(to: Location, manifest: Manifest, report: Report) -> set[str
             told = True
             report.log(
                 f"another builder's files are at {to.uri}: waiting until it is done, or has written nothing "
-                f"for {QUIET_SECONDS:.0f} s (at most {4 * QUIET_SECONDS:.0f} s)"
+                f"for {quiet:.0f} s (at most {4 * QUIET_SECONDS:.0f} s)"
             )
         time.sleep(POLL_SECONDS)
     raise _contended(to)
@@ -165,6 +184,7 @@ def _theirs(to: Location) -> Manifest:
 def _contended(to: Location) -> StorageFault:
     return StorageFault(
         "another builder is storing the same artifact",
-        value=to.uri,
+        value=to.name,
+        where=to.uri,
         remedy="run again when it has finished; its result will be used",
     )

@@ -10,32 +10,22 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
 from cascade.errors import InputError
-from cascade.storage.faults import endpoint, refused, s3_code
+from cascade.storage.connection import PART_BYTES, PARTS_AT_ONCE, PatientS3, connect
+from cascade.storage.faults import KeepsFailing, client_error, endpoint, refused, s3_code
+from cascade.storage.listing import Entry
 
-# Parts of 32 MiB, 4 at a time: 128 MiB of memory however large the file, and up to 312 GiB in the
-# 10,000 parts that S3 allows.
-PART_BYTES = 32 * 2**20
-PARTS_AT_ONCE = 4
-
-# Seconds and attempts per request. Work is patient: an attempt of s3fs holds three of botocore.
-WORK_LIMITS = {
-    "connect_timeout": 5,
-    "read_timeout": 30,
-    "retries": {"total_max_attempts": 3, "mode": "standard"},
-}
-WORK_ATTEMPTS = 3
-# The preflight makes about four requests and must not take minutes.
-CHECK_LIMITS = {"connect_timeout": 3, "read_timeout": 8, "retries": {"total_max_attempts": 1}}
-CHECK_ATTEMPTS = 1
+# Names the call that wrote an object, in its metadata: a repeated request is refused although its first try
+# was done and only the answer was lost.
+WRITER = "cascade-writer"
+TAKEN = ("PreconditionFailed", "412")
+NO_UPLOAD = "NoSuchUpload"
 
 
 class S3Store:
@@ -43,12 +33,12 @@ class S3Store:
 
     def read(self, path: str) -> bytes:
         """The whole object."""
-        return bytes(_connection().cat_file(path))
+        return bytes(connect().cat_file(path))
 
     def write(self, path: str, data: bytes, create: bool) -> None:
         """One PUT; with `create`, a conditional one."""
-        with _create_conflicts():
-            _connection().pipe_file(path, data, mode="create" if create else "overwrite")
+        with _written(connect(), path) as mark:
+            connect().pipe_file(path, data, mode="create" if create else "overwrite", **mark)
 
     def exists(self, path: str) -> bool:
         """Whether there is an object, or one below this prefix."""
@@ -68,8 +58,10 @@ class S3Store:
 
     def sha256(self, path: str) -> str:
         """Hex digest, streamed."""
-        with _connection().open(path, "rb", block_size=PART_BYTES, cache_type="readahead") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for part in _parts(path):
+            digest.update(part)
+        return digest.hexdigest()
 
     def version(self, path: str) -> str:
         """ETag, time and size."""
@@ -87,24 +79,34 @@ class S3Store:
         """Keys below the prefix, relative to it."""
         return [
             key.removeprefix(path + "/")
-            for key in _connection().find(path)
+            for key in connect().find(path)
             if key.startswith(path + "/") and not key.endswith("/")
+        ]
+
+    def listing(self, path: str) -> list[Entry]:
+        """All objects below the prefix."""
+        return [
+            Entry(key.removeprefix(path + "/"), int(found["size"]), found["LastModified"].timestamp())
+            for key, found in connect().find(path, detail=True).items()
+            if key.startswith(path + "/") and found["type"] == "file"
         ]
 
     def upload(self, source: Path, path: str, create: bool) -> None:
         """One PUT, or a multi-part upload for a large file; the object appears when it is complete."""
-        with _create_conflicts():
-            _connection().put_file(
+        with _written(connect(), path) as mark:
+            connect().put_file(
                 str(source),
                 path,
                 chunksize=PART_BYTES,
                 max_concurrency=PARTS_AT_ONCE,
                 mode="create" if create else "overwrite",
+                **mark,
             )
 
-    def download(self, path: str, target: Path) -> None:
-        """Fetch the object in parts."""
-        _connection().get_file(path, str(target))
+    def download(self, path: str, target: Path, size: int | None) -> None:
+        """Fetch the object in parts; of one that is larger than `size` only so much."""
+        with target.open("wb") as stream:
+            stream.writelines(_parts(path, size))
 
     @contextmanager
     def staged(self, path: str) -> Iterator[Path]:
@@ -114,81 +116,112 @@ class S3Store:
             yield local
             self.upload(local, path, create=False)
 
+    def move(self, path: str, target: str) -> None:
+        """Copy in the store, then delete."""
+        connect().cp_file(path, target)
+        connect().rm_file(path)
+
     def delete_tree(self, path: str) -> None:
         """Delete every object below the prefix."""
         if "/" not in path:
             raise ValueError(f"refusing to empty the bucket {path}")
-        connection = _connection()
+        connection = connect()
         for key in connection.find(path):
             with suppress(FileNotFoundError):
                 connection.rm_file(key)
 
-    def check(self, path: str, create: bool) -> None:
+    def provide(self, path: str) -> bool:
+        """Make the bucket if there is none; InputError if that is refused or nobody answers."""
+        uri = f"s3://{path}"
+        _require_valid_endpoint(uri)
+        try:
+            return _made_bucket(connect(check=True), path.partition("/")[0])
+        except (OSError, BotoCoreError, ClientError) as error:
+            if isinstance(error, KeepsFailing) and client_error(error.__cause__):
+                raise
+            raise refused(error, uri) or _unreachable(error.__cause__ or error, uri) from error
+
+    def check(self, path: str, create: bool, wait: bool) -> None:
         """List, then with `create` write a hidden object twice: the second one must be refused."""
         uri = f"s3://{path}"
         _require_valid_endpoint(uri)
-        probe = f"{path}/.probe-{uuid.uuid4().hex}"
         try:
-            connection = _connect(CHECK_ATTEMPTS)
+            connection = connect(check=not wait)
             bucket, _, prefix = path.partition("/")
             connection.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
             if create:
-                _require_exclusive_writes(connection, probe, uri)
+                _require_exclusive_writes(connection, f"{path}/.probe-{uuid.uuid4().hex}", uri)
         except (OSError, BotoCoreError, ClientError) as error:
-            raise refused(error, uri) or _unreachable(error, uri) from error
+            if isinstance(error, KeepsFailing) and (wait or client_error(error.__cause__)):
+                raise
+            raise refused(error, uri) or _unreachable(error.__cause__ or error, uri) from error
 
 
 @contextmanager
-def _create_conflicts() -> Iterator[None]:
-    """FileExistsError for a refused conditional write: stores word that refusal in different ways."""
+def _written(connection: PatientS3, path: str) -> Iterator[dict[str, Any]]:
+    """Around one call that writes; it takes what this yields along.
+
+    A refusal of our own repeated request is none. FileExistsError for a refused conditional write, which
+    stores word in different ways.
+    """
+    writer = uuid.uuid4().hex
     try:
-        yield
+        yield {"Metadata": {WRITER: writer}}
     except OSError as error:
-        if s3_code(error) in ("PreconditionFailed", "412"):
-            raise FileExistsError(errno.EEXIST, "the object exists already") from error
-        raise
+        code = s3_code(error)
+        if code not in (*TAKEN, NO_UPLOAD):
+            raise
+        if _writer(connection, path) == writer:
+            return
+        if code == NO_UPLOAD:
+            raise OSError(errno.EIO, "the store has lost the parts of an upload") from error
+        raise FileExistsError(errno.EEXIST, "the object exists already") from error
+
+
+def _writer(connection: PatientS3, path: str) -> str:
+    """Which call wrote the object; "" when that is not known, or there is none."""
+    bucket, _, key = path.partition("/")
+    try:
+        found = connection.call_s3("head_object", Bucket=bucket, Key=key)
+    except FileNotFoundError:
+        return ""
+    return str(found.get("Metadata", {}).get(WRITER, ""))
+
+
+def _parts(path: str, size: int | None = None) -> Iterator[bytes]:
+    """The object in parts, a few fetched at once. size: its bytes, asked for when None."""
+    size = int(_object(path)["size"]) if size is None else size
+    ahead = PART_BYTES * PARTS_AT_ONCE
+    for place in range(0, size, ahead):
+        starts = list(range(place, min(place + ahead, size), PART_BYTES))
+        ends = [min(start + PART_BYTES, size) for start in starts]
+        yield from connect().cat_ranges([path] * len(starts), starts, ends, on_error="raise")
 
 
 def _first_key(bucket: str, prefix: str) -> str | None:
-    answer = _connection().call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    answer = connect().call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
     return next((str(entry["Key"]) for entry in answer.get("Contents", [])), None)
 
 
 def _object(path: str) -> dict[str, Any]:
     """What s3fs knows of an object; FileNotFoundError when there is none, though there be a prefix."""
-    found: dict[str, Any] = _connection().info(path)
+    found: dict[str, Any] = connect().info(path)
     if found["type"] != "file":
         raise FileNotFoundError(errno.ENOENT, "no such object", path)
     return found
 
 
-def _connection() -> s3fs.S3FileSystem:
-    return _connect(WORK_ATTEMPTS)
-
-
-def _connect(attempts: int) -> s3fs.S3FileSystem:
-    """The connection of this process with today's AWS_* variables."""
-    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _connect_once(os.getpid(), settings, attempts)
-
-
-@lru_cache(maxsize=4)
-def _connect_once(process: int, settings: tuple[tuple[str, str], ...], attempts: int) -> s3fs.S3FileSystem:
-    """A connection, kept for the process (s3fs does not survive a fork) and the variables it was made with.
-
-    s3fs keeps instances too, but by their arguments alone: it would go on with credentials that have
-    been replaced in the environment.
-    """
-    connection = s3fs.S3FileSystem(
-        skip_instance_cache=True,
-        # Another process may write at any time: what was listed before says nothing.
-        use_listings_cache=False,
-        default_block_size=PART_BYTES,
-        max_concurrency=PARTS_AT_ONCE,
-        config_kwargs=CHECK_LIMITS if attempts == CHECK_ATTEMPTS else WORK_LIMITS,
-    )
-    connection.retries = attempts
-    return connection
+def _made_bucket(connection: PatientS3, bucket: str) -> bool:
+    """Whether there was none and it was made."""
+    try:
+        connection.call_s3("head_bucket", Bucket=bucket)
+    except FileNotFoundError:
+        region = connection.s3.meta.region_name
+        # Amazon's first region is the one that must not be named.
+        named = {"CreateBucketConfiguration": {"LocationConstraint": region}} if region != "us-east-1" else {}
+        connection.call_s3("create_bucket", Bucket=bucket, **named)
+        return True
+    return False
 
 
 def _require_valid_endpoint(uri: str) -> None:
@@ -196,21 +229,26 @@ def _require_valid_endpoint(uri: str) -> None:
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         url = os.environ.get(name, "")
         parts = urlsplit(url)
-        if url and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
+        secret = "@" in parts.netloc or parts.query
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname or secret):
             raise InputError(
                 f"{name} is not the plain URL of a service",
-                value=url.rpartition("@")[2],
+                value=url.partition("?")[0].rpartition("@")[2],
                 where=f"environment, for {uri}",
-                remedy="write it as http://host:port or https://host, without a user or password",
+                remedy="write it as http://host:port or https://host, without a user, a password or a query",
             )
 
 
-def _require_exclusive_writes(connection: s3fs.S3FileSystem, probe: str, uri: str) -> None:
+def _require_exclusive_writes(connection: PatientS3, probe: str, uri: str) -> None:
     """Write an object, see a second create refused, remove it."""
-    connection.pipe_file(probe, b"probe", mode="create")
+
+    def create() -> None:
+        with _written(connection, probe) as mark:
+            connection.pipe_file(probe, b"probe", mode="create", **mark)
+
+    create()
     try:
-        with _create_conflicts():
-            connection.pipe_file(probe, b"probe", mode="create")
+        create()
     except FileExistsError:
         return
     finally:

@@ -12,8 +12,12 @@ from tests.bench.options import PARENT, Options
 BENCHMARKS = {
     "cut": "seconds and memory of one cut, beside torch-pruning's own pruner",
     "calibration": "seconds of the calibration pass, beside a plain forward pass",
+    "checkpoints": "time that a training loses to a snapshot, stored at once and in the background",
     "loss": "seconds and memory of the distillation loss, beside trl, liger-kernel and nvidia-modelopt",
     "race": "regret and tokens of a race of candidates, beside training every one to the end",
+    "overhead": "seconds that Prefect adds to a build by node and by family, and what its flow holds",
+    "family": "a cascade beside one_shot, ce_only and scratch at equal tokens",
+    "ledger": "FLOPs of a family beside its floor, and beside separate runs",
     "signals": "speed of a step with stored signals beside cross-entropy, and what is learned by codec",
     "pruning": "held-out cross-entropy after pruning and after distillation, beside presets and peers",
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cascade.architecture import Architecture
+from cascade.dials import Prune
 from cascade.distillation.settings import rows_of
 from cascade.family.planner import allowed_axes
 from cascade.importance.method import Method
@@ -25,7 +26,6 @@ from cascade.presets import Preset
 from cascade.pruning.proof import proof_of
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.repair import Repair
-from cascade.recipe import Prune
 from tests.bench.parents import Text
 from tests.bench.peers import magnitude, optipfair_depth, optipfair_ffn, torch_pruning_ffn
 

@@ -33,15 +33,16 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def cascade(objective: Objective = Objective.FORWARD_KL) -> Loss:
+def cascade(objective: Objective = Objective.FORWARD_KL, compiled: bool = False) -> Loss:
     """The fused loss."""
     return lambda student, head, teacher, other: (
         fused_distillation_loss(
             student,
             Head(head),
             StateTargets(teacher, Head(other)),
-            torch.zeros(len(student), dtype=torch.int64),
+            torch.zeros(len(student), dtype=torch.int64, device=student.device),
             objective=objective,
+            compiled=compiled,
         ).loss
     )
 
@@ -82,7 +83,7 @@ def liger(chunk: int, compiled: bool = False) -> Loss:
 
     fused = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=compiled, chunk_size=chunk)
     return lambda student, head, teacher, other: fused(
-        student, head, teacher, other, torch.zeros(len(student), dtype=torch.int64)
+        student, head, teacher, other, torch.zeros(len(student), dtype=torch.int64, device=student.device)
     )
 
 
@@ -108,7 +109,10 @@ METHODS: dict[str, Callable[[], Loss]] = {
     "liger-kernel, chunks of 128": lambda: liger(128),
     "liger-kernel, chunks of 1024 (its default)": lambda: liger(1024),
 }
-NEEDS_COMPILER = {"liger-kernel, chunks of 128, compiled": lambda: liger(128, compiled=True)}
+NEEDS_COMPILER = {
+    "cascade, compiled": lambda: cascade(compiled=True),
+    "liger-kernel, chunks of 128, compiled": lambda: liger(128, compiled=True),
+}
 
 
 def drawn(vocabulary: int, tokens: int, seed: int) -> Arguments:

@@ -16,9 +16,8 @@ from cascade.distillation.loop import Leg, distill
 from cascade.distillation.settings import DistillSettings
 from cascade.distillation.signals import Part
 from cascade.evaluation.loss import cross_entropy
-from cascade.family.layout import legs_of
-from cascade.family.race import race
-from cascade.family.work import judged_rows
+from cascade.family.children import judged_rows
+from cascade.family.race import legs_of, race
 from cascade.planning.budget import ratio_budget
 from cascade.planning.plan import describe, distinct, rank_children
 from cascade.storage.checkpoints import TrainingCheckpoints

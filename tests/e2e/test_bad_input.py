@@ -16,6 +16,8 @@ from tests.tiny import make_parent
 from tests.tiny_family import tiny_tree, write_recipe
 
 Tree = dict[str, Any]
+# Longer than any file system takes.
+NO_NAME = 5000 * "x"
 
 
 def unknown_key(tree: Tree, folder: Path) -> list[str]:
@@ -46,6 +48,16 @@ def no_such_corpus(tree: Tree, folder: Path) -> list[str]:
     return ["absent.jsonl"]
 
 
+def corpus_with_no_name(tree: Tree, folder: Path) -> list[str]:
+    tree["corpus"]["sources"] = [NO_NAME]
+    return ["cannot be the name of a file", "xxx...xxx", "a path in the recipe"]
+
+
+def parent_with_no_name(tree: Tree, folder: Path) -> list[str]:
+    tree["parent"] = NO_NAME
+    return ["cannot be the name of a file", "xxx...xxx"]
+
+
 def no_such_field(tree: Tree, folder: Path) -> list[str]:
     (folder / "other.jsonl").write_text('{"body": "words"}\n')
     tree["corpus"]["sources"] = [str(folder / "other.jsonl")]
@@ -70,6 +82,31 @@ def all_is_mixture(tree: Tree, folder: Path) -> list[str]:
 def too_many_prompts(tree: Tree, folder: Path) -> list[str]:
     tree["stages"][1]["on_policy"] = {"tokens": 1_000_000}
     return ["1000000", "epochs: ", "stage small"]
+
+
+def watch_without_sources(tree: Tree, folder: Path) -> list[str]:
+    tree["watch"] = {"patience": 2}
+    return ["watch", "`sources` says what is watched, and is empty", "`patience`"]
+
+
+def watched_and_trained_on(tree: Tree, folder: Path) -> list[str]:
+    again = folder / "again.jsonl"
+    again.write_bytes(Path(tree["corpus"]["sources"][0]).read_bytes())
+    tree["watch"] = {"sources": [str(again)]}
+    return ["a watched source is trained on", "again.jsonl", "watch.sources"]
+
+
+def one_of_the_watched_trained_on(tree: Tree, folder: Path) -> list[str]:
+    (folder / "watched").mkdir()
+    (folder / "watched" / "a.jsonl").write_bytes(Path(tree["corpus"]["sources"][0]).read_bytes())
+    (folder / "watched" / "b.jsonl").write_text('{"text": "another"}\n')
+    tree["watch"] = {"sources": [str(folder / "watched" / "*.jsonl")]}
+    return ["a watched source is trained on", "*.jsonl", "watch.sources"]
+
+
+def no_such_watched_file(tree: Tree, folder: Path) -> list[str]:
+    tree["watch"] = {"sources": [str(folder / "absent.jsonl")]}
+    return ["absent.jsonl", "where: watch.sources"]
 
 
 def no_such_parent(tree: Tree, folder: Path) -> list[str]:
@@ -194,11 +231,17 @@ CASES = [
     budget_below_the_embeddings,
     empty_corpus,
     no_such_corpus,
+    corpus_with_no_name,
+    parent_with_no_name,
     no_such_field,
     short_corpus,
     prompt_as_long_as_a_row,
     all_is_mixture,
     too_many_prompts,
+    watch_without_sources,
+    watched_and_trained_on,
+    one_of_the_watched_trained_on,
+    no_such_watched_file,
     no_such_parent,
     not_a_causal_model,
     pickled_parent,
@@ -223,7 +266,9 @@ def test_a_wrong_recipe_is_refused_before_anything_is_written(
     assert "way out: " in said
     assert "Traceback" not in said
     assert [word for word in words if word not in said] == [], said
-    assert [path for path in store.rglob("*") if path.is_file()] == []
+    # A corpus is found too short by its node: the node's lease, and the build's record, were there first.
+    stored = [path for path in store.rglob("*") if path.is_file() and path.parent.name != "builds"]
+    assert [path for path in stored if not path.name.startswith("lease-")] == []
 
 
 def closed_port(monkeypatch: pytest.MonkeyPatch, s3: str) -> tuple[str, list[str]]:
@@ -266,3 +311,12 @@ def test_asking_for_what_is_not_there_is_wrong_input(name: str, command: Command
     code, said = command(name, str(tmp_path))
     assert code == 2
     assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize("name", ["show", "gc"])
+def test_what_no_file_can_be_named_by_is_wrong_input(name: str, command: Command) -> None:
+    code, said = command(name, NO_NAME)
+    assert code == 2
+    assert said.startswith("error: this cannot be the name of a file: ")
+    assert "way out: choose another path" in said
+    assert len(said) < 1000

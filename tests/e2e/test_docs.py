@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.dials import OnPolicy, Prune
-from cascade.recipe import Stage, Teacher, load_recipe, validate_recipe
+from cascade.dials import Prune
+from cascade.recipe import Stage
+from cascade.recipe_files import load_recipe, validate_recipe
 from cascade.roles import Policy
-from tests.docs import DEPLOYMENT, README, ROOT, with_derived, with_parameters
+from cascade.teacher import Teacher
+from cascade.trainings import OnPolicy
+from tests.deployment_file import FILE, rendered
+from tests.docs import README, ROOT, with_derived
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
 
@@ -25,12 +29,14 @@ ELSEWHERE = {
     "make test": "it runs this file",
     "make test-full": "the rest of the tests",
     "make bench": "by whoever publishes the figures: it takes minutes",
+    "make up": "tests/e2e/test_up.py",
+    "make audit": "by whoever updates constraints.txt: it asks PyPI",
     "pip install .": "test_the_wheel_holds_what_the_command_needs",
     "cascade pilot A.yaml B.yaml --tokens 50k": "tests/e2e/test_pilot.py",
-    "prefect server start": "the fixture prefect_server",
-    "prefect work-pool create cascade --type process": "tests/flows/test_deployment.py",
-    "prefect deploy --prefect-file deploy/prefect.yaml --all": "tests/flows/test_deployment.py",
-    "prefect worker start --pool cascade": "Prefect's own program",
+    "cascade up": "tests/e2e/test_up.py",
+    "cascade promote families/quickstart --run RUN": "tests/flows/test_family.py",
+    "cascade promote families/quickstart --rollback": "tests/flows/test_family.py",
+    "prefect automation create --from-file promoted.yaml": "tests/flows/test_events.py",
 }
 
 
@@ -46,13 +52,13 @@ def commands() -> list[str]:
 
 
 def test_the_reference_and_the_deployment_are_current() -> None:
-    readme, deployment = README.read_text("utf-8"), DEPLOYMENT.read_text("utf-8")
+    readme = README.read_text("utf-8")
     assert with_derived(readme) == readme, "run: python -m tests.docs"
-    assert with_parameters(deployment) == deployment, "run: python -m tests.docs"
+    assert FILE.read_text("utf-8") == rendered(), "run: python -m tests.docs"
 
 
 def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
-    text, *_ = blocks("yaml")
+    (text,) = [block for block in blocks("yaml") if block.startswith("family:")]
     shown, packaged = validate_recipe(yaml.safe_load(text), where="README.md"), load_recipe("quickstart")
     assert (shown.parent, shown.corpus.sources) == (packaged.parent, packaged.corpus.sources)
     for stage, full in zip(shown.stages, packaged.stages, strict=False):
@@ -61,7 +67,7 @@ def test_the_recipe_in_the_readme_is_a_short_form_of_the_packaged_one() -> None:
 
 def test_every_piece_of_a_recipe_in_the_readme_is_one() -> None:
     """A list holds stages; a line of its own is a section of a recipe or of a stage."""
-    _, *pieces = blocks("yaml")
+    pieces = [block for block in blocks("yaml") if not block.startswith("family:")]
     sections: dict[str, type[Prune | Teacher]] = {"prune": Prune, "teacher": Teacher}
     seen: set[str] = set()
     for piece in pieces:
@@ -130,7 +136,7 @@ def test_every_command_is_either_run_here_or_named_as_run_elsewhere(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-full", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-full", "bench", "up", "audit"])
 def test_the_make_targets_exist(target: str) -> None:
     assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
 
@@ -142,5 +148,6 @@ def test_the_wheel_holds_what_the_command_needs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("cascade-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"cascade/recipes/quickstart.yaml", "cascade/py.typed", "flows/family.py"} <= set(names)
+    assert zipfile.ZipFile(wheel).read("flows/prefect.yaml").decode() == rendered()
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "cascade = cascade.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()

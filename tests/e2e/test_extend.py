@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cascade.errors import Interrupted
-from cascade.family.build import build, plan_family, run_options
+from cascade.family.build import build, run_options
 from cascade.family.index import read_index
 from cascade.family.job import Job
-from cascade.family.runner import NodeHost, Outcome
+from cascade.family.plan import plan_family
+from cascade.family.runner import Outcome
 from cascade.recipe import Options, Recipe
 from cascade.report import SILENT
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.locations import open_location
+from tests.building import shared_host
 from tests.e2e.conftest import Command
 from tests.tiny import make_parent
 from tests.tiny_family import tiny_tree, write_recipe
@@ -53,11 +55,10 @@ def built(tree: Tree, folder: Path, stop_at: str = "") -> Tree:
 
     def make(job: Job) -> Outcome:
         if job.name == stop_at:
-            raise Interrupted("stopped")
-        return host.run(job, SILENT)
+            raise Interrupted("stopped", where="here", remedy="none")
+        return shared_host().run(job, SILENT)
 
-    with NodeHost() as host:
-        return build(plan_family(recipe, folder / "cache"), run, make)
+    return build(plan_family(recipe, folder / "cache"), run, make)
 
 
 def test_a_family_with_long_contexts(
@@ -150,6 +151,7 @@ def test_figures_are_what_stock_transformers_computes_on_long_rows(
     assert AutoTokenizer.from_pretrained(branch["checkpoint"]).model_max_length >= 256
 
 
+@pytest.mark.slow
 def test_a_branch_is_resumed_after_the_trunk(short_parent: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     tree = extended_tree(short_parent, tiny_corpus)
     with pytest.raises(Interrupted):

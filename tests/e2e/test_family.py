@@ -9,40 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cascade.family.build import build, plan_family, run_options
+from cascade.family.build import build, run_options
 from cascade.family.index import read_index
-from cascade.family.runner import NodeHost
+from cascade.family.job import Job
+from cascade.family.plan import plan_family
+from cascade.family.runner import Outcome
 from cascade.recipe import Options, Recipe
 from cascade.report import SILENT
 from cascade.storage.artifacts import read_manifest
-from cascade.storage.locations import Location, open_location
+from cascade.storage.locations import open_location
 from flows.family import build_family
+from tests.building import build_directly, digests, shared_host
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_recipe, tiny_tree, write_recipe
+from tests.waiting import LONG, wait_until
 
 NODES = 4 + 2 * 4
-
-
-def build_directly(recipe: Recipe, store: Path, cache: Path) -> dict[str, Any]:
-    """Build without Prefect; the family's index."""
-    run = run_options(recipe, str(store), Options(cache=str(cache)))
-    with NodeHost() as host:
-        return build(plan_family(recipe, cache), run, lambda job: host.run(job, SILENT))
-
-
-def digests(family: Location) -> dict[str, str]:
-    """File of a stage's checkpoint -> sha256; seconds and dates are left out."""
-    return {
-        f"{stage['name']}/{path}": (open_location(stage["checkpoint"]) / path).sha256()
-        for stage in read_index(family)["stages"]
-        for path in open_location(stage["checkpoint"]).walk()
-        if path not in ("manifest.json", "steps.jsonl")
-    }
 
 
 @pytest.fixture
@@ -59,7 +46,8 @@ def recipe_file(tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> str:
 def folder_store(tiny_parent: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished family in a folder, built without Prefect."""
     store = tmp_path_factory.mktemp("store")
-    build_directly(tiny_recipe(tiny_parent, tiny_corpus), store, tmp_path_factory.mktemp("cache"))
+    recipe = tiny_recipe(tiny_parent, tiny_corpus)
+    build_directly(recipe, store, tmp_path_factory.mktemp("cache"), host=shared_host())
     return store
 
 
@@ -143,7 +131,7 @@ def test_a_deleted_child_is_made_again_bit_for_bit_and_nothing_else_is(
 ) -> None:
     before = digests(open_location(f"{copied_store}/tiny"))
     shutil.rmtree(copied_store / "tiny" / "small" / "distilled")
-    index = build_directly(recipe, copied_store, tmp_path / "cache")
+    index = build_directly(recipe, copied_store, tmp_path / "cache", host=shared_host())
     made = [artifact["node"] for artifact in index["artifacts"] if not artifact["reused"]]
     assert made == ["small/distilled"]
     assert digests(open_location(f"{copied_store}/tiny")) == before
@@ -173,6 +161,11 @@ def snapshots(store: Path) -> set[str]:
     return {path.name for path in store.glob("tiny/large/training/*/step-*")}
 
 
+def is_further_or_ended(store: Path, before: set[str], process: subprocess.Popen[str]) -> bool:
+    """Whether a build has stored another snapshot, or has nothing more to store."""
+    return bool(snapshots(store) - before) or process.poll() is not None
+
+
 def test_a_build_that_is_stopped_twice_goes_on_and_ends_at_the_same_bits(
     folder_store: Path, prefect_server: str, recipe: Recipe, recipe_file: str, tmp_path: Path
 ) -> None:
@@ -190,16 +183,72 @@ def test_a_build_that_is_stopped_twice_goes_on_and_ends_at_the_same_bits(
             # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        deadline = time.monotonic() + 300
-        while snapshots(store) <= before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_until(partial(is_further_or_ended, store, before, process))
         process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=LONG)
         assert process.returncode == code, output
         assert "Traceback" not in output
         assert not list(store.glob("tiny/large/distilled/*"))
     assert "resumed after step" in output
 
-    build_directly(recipe, store, cache)
+    build_directly(recipe, store, cache, host=shared_host())
     assert not snapshots(store)
     assert digests(open_location(f"{store}/tiny")) == digests(open_location(f"{folder_store}/tiny"))
+
+
+def aged(store: Path, days: float) -> None:
+    """Make every file as old as that."""
+    moment = time.time() - days * 24 * 3600
+    for path in store.rglob("*"):
+        os.utime(path, (moment, moment))
+
+
+def test_a_build_is_recorded_with_everything_it_refers_to(folder_store: Path) -> None:
+    (path,) = folder_store.glob("tiny/builds/*.json")
+    record = json.loads(path.read_text())
+    index = read_index(open_location(f"{folder_store}/tiny"))
+    assert (path.stem, record["run"], record["recipe"]) == (index["run"], index["run"], index["recipe"])
+    assert record["started"] <= record["finished"]
+    referred = [f"{folder_store}/{artifact['place']}" for artifact in record["artifacts"]]
+    assert referred == [artifact["uri"] for artifact in index["artifacts"]]
+    assert [one["key"] for one in record["artifacts"]] == [one["key"] for one in index["artifacts"]]
+
+
+def test_gc_removes_an_older_childs_artifacts_and_leaves_the_newest_family_whole(
+    copied_store: Path, tiny_parent: Path, tiny_corpus: Path, recipe: Recipe, tmp_path: Path, command: Command
+) -> None:
+    """While the second build runs, too: here before each of its nodes, with nothing else to protect them."""
+    before = {path.parent for path in copied_store.glob("tiny/small/*/*/manifest.json")}
+    for path in (*copied_store.glob("tiny/builds/*.json"), copied_store / "tiny" / "family.json"):
+        path.unlink()
+    aged(copied_store, 40)
+    tree = tiny_tree(tiny_parent, tiny_corpus)
+    tree["stages"][1]["distill"]["tokens"] = 2048
+    shorter, cache = Recipe.model_validate(tree), tmp_path / "cache"
+    (cache / "0123456789ab").mkdir(parents=True)
+    aged(cache, 31)
+
+    def make(job: Job) -> Outcome:
+        code, said = command("gc", str(copied_store), "--keep-days", "0", "--delete")
+        assert code == 0, said
+        return shared_host().run(job, SILENT)
+
+    index = build(
+        plan_family(shorter, cache),
+        run_options(shorter, str(copied_store), Options(cache=str(cache))),
+        make,
+    )
+    made = [artifact["node"] for artifact in index["artifacts"] if not artifact["reused"]]
+    assert made == ["small/distilled", "small/evaluated"]
+    # A build keeps the cache of its machine small by itself.
+    assert not (cache / "0123456789ab").exists()
+
+    gone = {path for path in before if not path.exists()}
+    assert {path.parent.name for path in gone} == {"distilled", "evaluated"}
+    assert len(gone) == 2
+    aged(copied_store, 400)
+    assert "0 things" in command("gc", str(copied_store), "--delete")[1]
+    code, said = command("verify", str(copied_store))
+    assert code == 0, said
+    again = build_directly(shorter, copied_store, cache)
+    assert all(artifact["reused"] for artifact in again["artifacts"])

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cascade.family.build import build, plan_family, run_options
-from cascade.family.runner import NodeHost
-from cascade.recipe import Options, Recipe
-from cascade.report import SILENT
+from cascade.recipe import Recipe
+from tests.building import build_directly, shared_host
 from tests.tiny import make_parent
 from tests.tiny_family import tiny_tree
 
@@ -27,12 +25,9 @@ def test_a_child_of_such_a_parent_learns(
     tree = tiny_tree(make_parent(tmp_path / "parent", family, **logits), tiny_corpus)
     tree["stages"] = tree["stages"][1:]
     tree["stages"][0]["distill"] |= objective
-    run = run_options(
-        Recipe.model_validate(tree), str(tmp_path / "store"), Options(cache=str(tmp_path / "cache"))
+    index = build_directly(
+        Recipe.model_validate(tree), tmp_path / "store", tmp_path / "cache", host=shared_host()
     )
-    with NodeHost() as host:
-        graph = plan_family(Recipe.model_validate(tree), tmp_path / "cache")
-        index = build(graph, run, lambda job: host.run(job, SILENT))
     (stage,) = index["stages"]
     # A random parent predicts no text, so that only the distance to it must fall.
     assert 0 < stage["kl_to_parent"] < stage["pruned_kl_to_parent"]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade.architecture import Architecture
-from cascade.family.build import plan_family
 from cascade.family.forecast import on_policy_flops
+from cascade.family.plan import plan_family
 from cascade.recipe import Recipe
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.locations import open_location
 from cascade.storage.manifest import Manifest
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
+from tests.waiting import LONG, wait_until
 
 # 64 rows in 32 steps, three in four of them the student's own.
 LENGTH, TOKENS, ROWS = 32, 2048, 48
@@ -56,7 +56,7 @@ def built(tiny_parent: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("on-policy")
     recipe = write_recipe(folder / "recipe.yaml", tree_of(tiny_parent, tiny_corpus))
     process = build_in_a_process(recipe, folder / "store", folder / "cache")
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0, output
     return folder
 
@@ -113,6 +113,7 @@ def test_manifest_steps_and_plan_count_what_was_written(built: Path, tmp_path: P
     assert index["ledger"]["floor_flops"] == distilled + 1024 * parent.forward_flops(LENGTH) + node.flops
 
 
+@pytest.mark.slow
 def test_a_build_that_is_stopped_while_the_child_writes_ends_at_the_same_bits(
     built: Path, tmp_path: Path
 ) -> None:
@@ -120,17 +121,14 @@ def test_a_build_that_is_stopped_while_the_child_writes_ends_at_the_same_bits(
     arguments = (built / "recipe.yaml", store, tmp_path / "cache")
     process = build_in_a_process(*arguments)
     key = Path(index_of(built / "store")["stages"][0]["checkpoint"]).name
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(store.glob(f"tiny/large/training/{key}/step-*")):
-            break
-        time.sleep(0.01)
+    kept = f"tiny/large/training/{key}/step-*"
+    assert wait_until(lambda: any(store.glob(kept)) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 143, output
     assert not list(store.glob("tiny/large/on_policy/*/manifest.json"))
     process = build_in_a_process(*arguments)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0, output
     assert "resumed after step" in output
     expected, found = (

@@ -19,6 +19,7 @@ def tree(tiny_parent: Path, tiny_corpus: Path) -> Tree:
     return tiny_tree(tiny_parent, tiny_corpus)
 
 
+@pytest.mark.slow
 def test_a_pilot_compares_policies_and_writes_a_table(tree: Tree, tmp_path: Path, command: Command) -> None:
     first = write_recipe(tmp_path / "parent.yaml", tree)
     tree["teacher"] = {"policy": "previous"}

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from cascade.console import race_rows
-from cascade.family.build import build, plan_family, run_options
-from cascade.family.runner import NodeHost
-from cascade.recipe import Options, Recipe
-from cascade.report import SILENT
+from cascade.recipe import Recipe
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.locations import open_location
+from cascade.tables.races import race_rows
+from tests.building import build_directly, shared_host
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
 
@@ -29,12 +27,6 @@ def recipe_of(parent: Path, corpus: Path, stages: dict[str, dict[str, Any]]) -> 
     return Recipe.model_validate(tree)
 
 
-def build_directly(recipe: Recipe, store: Path, cache: Path) -> dict[str, Any]:
-    run = run_options(recipe, str(store), Options(cache=str(cache)))
-    with NodeHost() as host:
-        return build(plan_family(recipe, cache), run, lambda job: host.run(job, SILENT))
-
-
 def weights_of(index: dict[str, Any], stage: int) -> str:
     return (open_location(index["stages"][stage]["checkpoint"]) / "model.safetensors").sha256()
 
@@ -48,7 +40,7 @@ def raced(
     recipe = recipe_of(
         tiny_parent, tiny_corpus, {"large": {"ratio": 0.75, "candidates": 4}, "small": {"ratio": 0.5}}
     )
-    return build_directly(recipe, folder / "store", folder / "cache"), folder / "store"
+    return build_directly(recipe, folder / "store", folder / "cache", host=shared_host()), folder / "store"
 
 
 def test_the_race_halves_its_candidates_and_shows_their_curves(raced: tuple[dict[str, Any], Path]) -> None:
@@ -76,7 +68,7 @@ def test_the_winner_ends_at_the_bits_it_would_have_had_without_a_race(
     shape = {axis: sizes[axis] for axis in ("layers", "hidden", "ffn", "kv_groups", "heads_per_group")}
     changed = {axis: size for axis, size in shape.items() if size < raced_parent(raced)[axis]}
     alone = recipe_of(tiny_parent, tiny_corpus, {"large": {"shape": changed}})
-    index = build_directly(alone, tmp_path / "store", tmp_path / "cache")
+    index = build_directly(alone, tmp_path / "store", tmp_path / "cache", host=shared_host())
     assert index["stages"][0]["architecture"] == sizes
     assert weights_of(index, 0) == weights_of(raced[0], 0)
 
@@ -119,6 +111,7 @@ def test_plan_prints_who_races_and_who_comes_next(
     assert "expected rise" in said
 
 
+@pytest.mark.slow
 def test_presets_rotations_and_repairs_make_children_that_pass_the_gate(
     tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -132,9 +125,8 @@ def test_presets_rotations_and_repairs_make_children_that_pass_the_gate(
         },
         "folded": {"shape": {"heads_per_group": 1, "ffn": 64}, "preset": "minitron"},
     }
-    index = build_directly(
-        recipe_of(tiny_parent, tiny_corpus, stages), tmp_path / "store", tmp_path / "cache"
-    )
+    recipe = recipe_of(tiny_parent, tiny_corpus, stages)
+    index = build_directly(recipe, tmp_path / "store", tmp_path / "cache", host=shared_host())
     turned, fitted, folded = index["stages"]
     assert turned["architecture"]["hidden"] < 64
     assert not turned["architecture"]["counts"]["tied"]

@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from cascade.architecture import Architecture
-from cascade.family.build import build, plan_family, run_options
-from cascade.family.runner import NodeHost
 from cascade.models.folders import load_folder
-from cascade.recipe import Options, Recipe
-from cascade.report import SILENT
+from cascade.recipe import Recipe
 from cascade.storage.artifacts import read_manifest
 from cascade.storage.locations import open_location
 from cascade.storage.manifest import Manifest
+from tests.building import build_directly, shared_host
 from tests.e2e.conftest import Command
 from tests.tiny import make_parent
 from tests.tiny_family import tiny_tree
@@ -34,11 +32,8 @@ def tree_of(parent: Path, corpus: Path, *stages: dict[str, Any], **changes: Any)
     return {**tiny_tree(parent, corpus), "stages": named, **changes}
 
 
-def build_directly(tree: dict[str, Any], folder: Path) -> Index:
-    recipe = Recipe.model_validate(tree)
-    run = run_options(recipe, str(folder / "store"), Options(cache=str(folder / "cache")))
-    with NodeHost() as host:
-        return build(plan_family(recipe, folder / "cache"), run, lambda job: host.run(job, SILENT))
+def built(tree: dict[str, Any], folder: Path) -> Index:
+    return build_directly(Recipe.model_validate(tree), folder / "store", folder / "cache", host=shared_host())
 
 
 def manifest(uri: str) -> Manifest:
@@ -78,7 +73,7 @@ def test_given_and_scratch_students_are_taught_and_cut_further(
         {"student": "given", "checkpoint": str(small_model)},
         {"prune": {"shape": {"ffn": 64}, "calibration_tokens": 512}},
     )
-    index = build_directly(tree, tmp_path)
+    index = built(tree, tmp_path)
     scratch, given, cut = index["stages"]
     for stage in index["stages"]:
         assert stage["kl_to_parent"] < stage["pruned_kl_to_parent"]
@@ -94,15 +89,13 @@ def test_given_and_scratch_students_are_taught_and_cut_further(
     start = artifact(index, "s1/distilled").inputs["student"].uri
     values = weights(start)["model.layers.0.mlp.up_proj.weight"]
     assert values.std().item() == pytest.approx(0.02, rel=0.1)
-    assert build_directly(tree, tmp_path)["stages"] == [
-        {**stage, "reused": True} for stage in index["stages"]
-    ]
+    assert built(tree, tmp_path)["stages"] == [{**stage, "reused": True} for stage in index["stages"]]
 
 
 def test_the_child_before_teaches(tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     stages = ({"prune": {"ratio": 0.8, "calibration_tokens": 512}}, {"prune": CUT})
     tree = tree_of(tiny_parent, tiny_corpus, *stages, teacher={"policy": "previous"})
-    index = build_directly(tree, tmp_path)
+    index = built(tree, tmp_path)
     first, second = (manifest(stage["checkpoint"]) for stage in index["stages"])
     assert first.inputs["parent"].uri == index["parent"]["uri"]
     assert second.inputs["teacher"].uri == index["stages"][0]["checkpoint"]
@@ -117,7 +110,7 @@ def test_the_child_before_teaches(tiny_parent: Path, tiny_corpus: Path, tmp_path
     assert index["ledger"]["over_floor"] > 1
 
 
-@pytest.mark.parametrize("signals", ["hidden", "online"])
+@pytest.mark.parametrize("signals", ["hidden", pytest.param("online", marks=pytest.mark.slow)])
 def test_given_models_teach_alone_or_together(
     tiny_parent: Path, tiny_corpus: Path, small_model: Path, tmp_path: Path, signals: str
 ) -> None:
@@ -129,7 +122,7 @@ def test_given_models_teach_alone_or_together(
         teacher={"policy": "model", "models": [str(small_model)], "signals": signals},
     )
     mixed = {**alone, "teacher": {"policy": "mixture", "models": half, "signals": signals}}
-    one, both = build_directly(alone, tmp_path), build_directly(mixed, tmp_path)
+    one, both = built(alone, tmp_path), built(mixed, tmp_path)
     (first,), (second,) = (
         [manifest(stage["checkpoint"]) for stage in index["stages"]] for index in (one, both)
     )
@@ -143,12 +136,13 @@ def test_given_models_teach_alone_or_together(
     assert 0 < first.teacher_flops < second.teacher_flops < second.flops
 
 
+@pytest.mark.slow
 def test_a_chain_of_given_models_has_one_for_each_stage(
     tiny_parent: Path, tiny_corpus: Path, small_model: Path, tmp_path: Path
 ) -> None:
     stages = ({"prune": {"ratio": 0.8, "calibration_tokens": 512}}, {"prune": CUT})
     teacher = {"policy": "model", "models": ["parent", str(small_model)], "signals": "online"}
-    index = build_directly(tree_of(tiny_parent, tiny_corpus, *stages, teacher=teacher), tmp_path)
+    index = built(tree_of(tiny_parent, tiny_corpus, *stages, teacher=teacher), tmp_path)
     first, second = (manifest(stage["checkpoint"]) for stage in index["stages"])
     assert first.inputs["parent"].uri == index["parent"]["uri"]
     assert second.inputs["teacher"].uri == artifact_uri(index, "parent/given")
@@ -159,14 +153,14 @@ def artifact_uri(index: Index, node: str) -> str:
     return str(uri)
 
 
-@pytest.mark.parametrize("how", ["full", "lora"])
+@pytest.mark.parametrize("how", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_corrected_teacher_knows_the_corpus_better_and_teaches(
     tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, how: str
 ) -> None:
     if how == "lora":
         pytest.importorskip("peft")
     teacher = {"correction_tokens": 8192, "correction": how}
-    index = build_directly(tree_of(tiny_parent, tiny_corpus, {"prune": CUT}, teacher=teacher), tmp_path)
+    index = built(tree_of(tiny_parent, tiny_corpus, {"prune": CUT}, teacher=teacher), tmp_path)
     corrected = artifact(index, "parent/corrected")
     assert corrected.facts["last"]["loss"] < corrected.facts["first"]["loss"]
     assert corrected.facts["last"]["loss"] == pytest.approx(corrected.facts["last"]["ce"])
@@ -194,9 +188,9 @@ def controlled(
     folder = tmp_path_factory.mktemp("controls")
     stages = ({"prune": {"ratio": 0.8, "calibration_tokens": 512}}, {"prune": CUT})
     tree = tree_of(tiny_parent, tiny_corpus, *stages, seed=3)
-    build_directly(tree, folder)
+    built(tree, folder)
     tree["controls"] = ["scratch", "one_shot", "ce_only", "random_prune"]
-    return build_directly(tree, folder), folder
+    return built(tree, folder), folder
 
 
 def test_controls_add_to_a_family_and_change_nothing_of_it(controlled: tuple[Index, Path]) -> None:

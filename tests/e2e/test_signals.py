@@ -6,22 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from cascade.family.build import build, plan_family, run_options
 from cascade.family.index import read_index
-from cascade.family.runner import NodeHost
-from cascade.recipe import Options, Recipe
-from cascade.report import SILENT
+from cascade.recipe import Recipe
 from cascade.storage.artifacts import require_manifest
 from cascade.storage.locations import Location, open_location
+from tests.building import build_directly
 from tests.e2e.conftest import Command
 from tests.tiny_family import tiny_tree, write_recipe
 
 
 def build_into(recipe: Recipe, store: str, cache: Path) -> dict[str, str]:
     """Digests of the child's files, but for what holds times."""
-    run = run_options(recipe, store, Options(cache=str(cache)))
-    with NodeHost() as host:
-        build(plan_family(recipe, cache), run, lambda job: host.run(job, SILENT))
+    build_directly(recipe, store, cache)
     (stage,) = read_index(open_location(f"{store}/tiny"))["stages"]
     child = open_location(stage["checkpoint"])
     return {name: (child / name).sha256() for name in child.walk() if name.endswith(".safetensors")}
@@ -38,6 +34,7 @@ def tree(tiny_parent: Path, tiny_corpus: Path) -> dict[str, object]:
     return {**found, "teacher": {"signals": "head_and_tail"}, "stages": found["stages"][:1]}
 
 
+@pytest.mark.slow
 def test_a_bucket_and_a_folder_hold_the_same_child_and_the_facts(
     s3: str, tree: dict[str, object], tmp_path: Path, command: Command
 ) -> None:

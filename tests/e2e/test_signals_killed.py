@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-from cascade.family.build import plan_family, run_options
+import pytest
+
+from cascade.family.build import run_options
 from cascade.family.job import Job, job_of
+from cascade.family.plan import plan_family
 from cascade.family.runner import NodeHost
 from cascade.recipe import Options, Recipe
 from cascade.report import SILENT
 from cascade.storage.artifacts import problems, read_manifest
 from tests.tiny_family import tiny_tree
+from tests.waiting import LONG, wait_until
 
 PER_SHARD = 8
 # Shards of a few rows; every row that the teacher runs over is noted, and SLOW makes time for a signal.
@@ -53,7 +56,7 @@ def start(job: Job, notes: Path, slow: float) -> subprocess.Popen[bytes]:
 
 def run(job: Job, notes: Path) -> list[str]:
     """To its good end; the rows that the teacher ran over, but for the four that it measures on."""
-    assert start(job, notes, slow=0).wait(timeout=300) == 0, notes.with_suffix(".log").read_text()
+    assert start(job, notes, slow=0).wait(timeout=LONG) == 0, notes.with_suffix(".log").read_text()
     return notes.read_text().splitlines()[4:]
 
 
@@ -67,6 +70,7 @@ def signals_job(recipe: Recipe, store: Path, cache: Path) -> Job:
     return job_of(graph.signals, run)
 
 
+@pytest.mark.slow
 def test_killed_signals_go_on_from_their_finished_shards(
     tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -75,9 +79,7 @@ def test_killed_signals_go_on_from_their_finished_shards(
     job = signals_job(recipe, tmp_path / "store", tmp_path / "cache")
     kept = Path(str(job.training))
     process = start(job, tmp_path / "first", slow=0.05)
-    deadline = time.monotonic() + 300
-    while len(list(kept.glob("*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert wait_until(lambda: len(list(kept.glob("*.json"))) >= 2 or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, (tmp_path / "first.log").read_text()
     assert read_manifest(job.location) is None

@@ -6,14 +6,11 @@ N tokens, D and E hidden sizes, V vocabulary; sizes are odd on purpose, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cascade.distillation.fused import IGNORED, chunk_tokens, fused_distillation_loss
 from cascade.distillation.objectives import Objective
@@ -21,6 +18,7 @@ from cascade.distillation.states import Head
 from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import InputError
 from tests.numerics.divergences import EVERY, by_definition
+from tests.numerics.temporaries import LargestResult
 
 N, D, E, V = 23, 8, 11, 37
 
@@ -271,19 +269,6 @@ def test_blocks_of_a_chunk_change_nothing(
     assert blocks.value == pytest.approx(whole.value, rel=1e-12)
     for ours, theirs in zip(blocks.gradients(), whole.gradients(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-class LargestResult(TorchDispatchMode):
-    """Notes the most elements that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("objective", Objective)

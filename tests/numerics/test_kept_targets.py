@@ -25,7 +25,7 @@ from cascade.distillation.targets import (
 )
 from cascade.errors import InputError
 from tests.numerics.divergences import EVERY, by_definition
-from tests.numerics.test_fused_loss import LargestResult
+from tests.numerics.temporaries import LargestResult
 
 N, D, V, K = 19, 6, 31, 5
 LABELS = torch.arange(N) * 7 % V

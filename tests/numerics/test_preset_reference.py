@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cascade.dials import Prune
 from cascade.importance.calibration import calibrate
 from cascade.importance.method import LayerScore, Scoring
 from cascade.importance.scores import score
@@ -28,7 +29,6 @@ from cascade.planning.shapes import untied
 from cascade.presets import Preset
 from cascade.pruning.prune import Surgery, prune
 from cascade.pruning.selection import KeptRecord
-from cascade.recipe import Prune
 from tests.numerics.dense import Llama, llama_of
 from tests.tiny import make_model
 

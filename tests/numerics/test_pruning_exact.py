@@ -18,12 +18,11 @@ from cascade.architecture import Architecture
 from cascade.models.decoder import decoder_of
 from cascade.pruning.prune import prune
 from cascade.pruning.selection import score_shapes
-from tests.architectures import ARCHITECTURES, cuts, tiny
+from tests.architectures import ARCHITECTURES, cuts
 from tests.numerics.masking import masked
+from tests.numerics.parents import parent, tokens
 from tests.tiny import make_model
 
-# A large epsilon, so that folding it wrongly is far outside the tolerance.
-EPSILON = {"rms_norm_eps": 0.05, "layer_norm_eps": 0.05, "layer_norm_epsilon": 0.05, "norm_epsilon": 0.05}
 TOLERANCE = 1e-4
 CASES = [(name, cut) for name in ARCHITECTURES for cut in cuts(name)]
 # Runs alone, with nothing of ours: load every folder, compare its logits with those beside it.
@@ -47,20 +46,11 @@ print(json.dumps(found))
 """
 
 
-def parent(name: str) -> PreTrainedModel:
-    known = tiny(name).config.to_dict()
-    return tiny(name, **{field: value for field, value in EPSILON.items() if field in known})
-
-
 def random_scores(model: PreTrainedModel) -> dict[str, Tensor]:
     """Scores without order, so that what stays is scattered and differs from layer to layer."""
     draw = torch.Generator().manual_seed(5)
     shapes = score_shapes(decoder_of(model).architecture)
     return {axis.value: torch.rand(shape, generator=draw) for axis, shape in shapes.items()}
-
-
-def tokens() -> Tensor:
-    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
 
 
 def cut(model: PreTrainedModel, sizes: dict[str, int]) -> tuple[PreTrainedModel, Any, Architecture]:

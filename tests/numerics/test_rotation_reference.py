@@ -22,9 +22,9 @@ from cascade.pruning import rotation
 from cascade.pruning.principal import principal_basis
 from cascade.pruning.prune import prune
 from cascade.pruning.rotation import random_basis, rotated, rotation_refusal
-from tests.architectures import ARCHITECTURES, LAYER_NORMS, POST_NORMS, tiny
+from tests.architectures import ARCHITECTURES, LAYER_NORMS, POST_NORMS
 from tests.numerics.masking import masked
-from tests.numerics.test_pruning_exact import EPSILON, tokens
+from tests.numerics.parents import parent, tokens
 from tests.tiny import make_model
 
 TOLERANCE = 1e-4
@@ -35,11 +35,6 @@ REFUSED = {
 ROTATED = [name for name in ARCHITECTURES if name not in REFUSED]
 L, D, H, G, HEAD, NARROW, EPS = 4, 64, 4, 2, 16, 40, 0.05
 Weights = dict[str, Tensor]
-
-
-def parent(name: str, **overrides: Any) -> PreTrainedModel:
-    known = tiny(name).config.to_dict()
-    return tiny(name, **{field: value for field, value in EPSILON.items() if field in known}, **overrides)
 
 
 def logits(model: PreTrainedModel) -> Tensor:

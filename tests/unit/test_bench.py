@@ -9,6 +9,8 @@ import pytest
 from tests.bench.__main__ import BENCHMARKS, main, parser
 from tests.bench.loss import require_agreement, row
 from tests.bench.loss_trial import OURS, N, drawn, measure
+from tests.bench.overhead import COLD, WARM, memory_note
+from tests.bench.overhead import row as overhead_row
 from tests.bench.parents import read_text
 from tests.tiny import make_tokenizer
 
@@ -21,9 +23,10 @@ def test_help_lists_every_benchmark() -> None:
 def test_unknown_benchmark_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["cut", "sharpen"])
+    said = capsys.readouterr().err
     assert (
-        "no such benchmark: sharpen; there are cut, calibration, loss, race, signals, pruning"
-        in capsys.readouterr().err
+        "no such benchmark: sharpen; there are cut, calibration, checkpoints, loss, race, overhead, family"
+        in said
     )
 
 
@@ -69,3 +72,17 @@ def test_the_loss_that_is_measured_is_the_one_that_trains() -> None:
     log_q, log_p = (student @ head.T).log_softmax(-1), (teacher @ other.T).log_softmax(-1)
     exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     assert figures["loss"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_overhead_row_says_what_prefect_adds_and_whether_that_is_little() -> None:
+    times = {"direct": [10.0], "Prefect": [30.0]}
+    assert overhead_row(COLD, times, 20)[1:] == ["10.0", "30.0", "20.0", "1.00", "under 2 s a node: met"]
+    assert overhead_row(WARM, times, 20)[-1] == "under 2 s a node: met, under 30 s in all: missed"
+    assert overhead_row(COLD, times, 10)[-1] == "under 2 s a node: missed"
+
+
+def test_the_overhead_note_compares_the_end_with_the_settled_process() -> None:
+    settled = [50 * 2**20] * 10 + [100 * 2**20] * 40
+    assert "over 50 nodes: 100.0 MiB after 10, 104.0 MiB at the end" in memory_note([*settled, 104 * 2**20])
+    assert memory_note([*settled, 104 * 2**20]).endswith("at most 5% more: met")
+    assert memory_note([*settled, 106 * 2**20]).endswith("at most 5% more: missed")

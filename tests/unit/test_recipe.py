@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from cascade.errors import InputError
 from cascade.fields import parse_count
 from cascade.importance.method import Aggregation, LayerScore, Scoring
 from cascade.presets import Preset
-from cascade.recipe import Options, Recipe, load_recipe, validate_recipe
+from cascade.recipe import Options, Recipe
+from cascade.recipe_files import load_recipe, validate_recipe
+from tests.schemas import nodes
 from tests.tiny_family import tiny_tree, write_recipe
 
 
@@ -76,6 +79,7 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": []}, ["stages:"]),
         ({"stages": [stage("a", {})]}, ["exactly one of `parameters`, `ratio`, `memory`, `latency`"]),
         ({"stages": [stage("a", {"ratio": 0.5, "parameters": 5})]}, ["exactly one"]),
+        ({"stages": [stage("a", {"latency": float("inf")})]}, ["prune.latency: a finite number is needed"]),
         ({"stages": [stage("a", {"ratio": 0.5, "shape": {"ffn": 64}})]}, ["exactly one"]),
         ({"stages": [stage("a", {"shape": {"ffn": 64}, "candidates": 4})]}, ["leaves only one"]),
         (
@@ -92,7 +96,14 @@ def test_a_source_may_be_a_plain_path() -> None:
         ({"stages": [stage("a", {"ratio": 0.5, "axes": ["depth"]})]}, ["axes", "depth"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("b", {"ratio": 0.6})]}, ["must fall", "0.6"]),
         ({"stages": [stage("a", {"ratio": 0.5}), stage("a", {"ratio": 0.4})]}, ["'a' is used twice"]),
-        ({"stages": [stage("parent", {"ratio": 0.5})]}, ["'parent' is reserved"]),
+        *(
+            ({"stages": [stage(name, {"ratio": 0.5})]}, [f"{name!r} is reserved"])
+            for name in ("parent", "aliases", "builds", "family", "approval", "shared")
+        ),
+        (
+            {"stages": [{**stage("a", {"ratio": 0.5}), "gate": {"speed_of_stable": math.inf}}]},
+            ["gate.speed_of_stable", "inf"],
+        ),
         ({"stages": [taught(objective_weight=0.5)]}, ["`objective_weight` belongs to jsd", "forward_kl"]),
         ({"stages": [taught(objective="jsd", objective_weight=1)]}, ["objective_weight", "less than 1"]),
         ({"stages": [taught(objective="kl")]}, ["objective", "'kl'"]),
@@ -232,17 +243,10 @@ def test_a_recipe_survives_json() -> None:
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def nodes(schema: Any) -> list[dict[str, Any]]:
-    """Every object of a JSON schema."""
-    children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
-    return ([schema] if isinstance(schema, dict) else []) + [
-        node for child in children for node in nodes(child)
-    ]
-
-
 @pytest.mark.parametrize("model", [Recipe, Options])
 def test_the_form_has_no_unions_of_models_and_explains_every_field(model: type[Recipe]) -> None:
     schema = model.model_json_schema()
+    assert [node for node in nodes(schema) if {"ge", "gt", "le", "lt"} & set(node)] == []
     assert [node for node in nodes(schema) if "oneOf" in node or "const" in node] == []
     for union in (node["anyOf"] for node in nodes(schema) if "anyOf" in node):
         assert {"type": "null"} in union

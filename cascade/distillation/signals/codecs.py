@@ -152,6 +152,7 @@ def make_codec(
     raise InputError(
         "the teacher's signals were made for another codec",
         value=f"{name}, expected one of {', '.join(CODECS)}",
+        where="the signals' manifest",
         remedy="build the signals again, or read them with the version that made them",
     )
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cascade.data.corpus import Corpus
 from cascade.distillation.signals.codecs import SIZES, BfloatStates, Codec, Stored, make_codec
 from cascade.distillation.signals.reading import Folder, Shards
-from cascade.distillation.states import Head, device_of, final_states, head_of
+from cascade.distillation.states import Head, all_states, device_of, final_states, head_of, of_targets
 from cascade.distillation.targets import StateTargets, Targets
 from cascade.errors import CascadeError, InputError
 
@@ -61,21 +61,30 @@ def batch_ids(corpus: Corpus, part: Part, rows: Sequence[int], device: torch.dev
 
 
 class OnlineTeacher:
-    """Runs the teacher for every question: costs a forward pass each time, stores nothing."""
+    """Runs the teacher for every question: costs a forward pass each time, stores nothing.
+
+    places: modules inside it whose outputs its answers hold too.
+    """
 
     waited = 0.0
 
-    def __init__(self, model: PreTrainedModel, corpus: Corpus) -> None:
-        self.model, self.corpus = model.eval(), corpus
+    def __init__(self, model: PreTrainedModel, corpus: Corpus, places: Sequence[nn.Module] = ()) -> None:
+        self.model, self.corpus, self.places = model.eval(), corpus, tuple(places)
         self.head = head_of(model).detach()
 
     def over(self, corpus: Corpus) -> OnlineTeacher:
         """See `LiveTeacher.over`."""
-        return OnlineTeacher(self.model, corpus)
+        return OnlineTeacher(self.model, corpus, self.places)
 
     def targets(self, part: Part, rows: Sequence[int]) -> StateTargets:
         """See `Teacher.targets`."""
-        return StateTargets(self.states(part, rows)[:, :-1].flatten(0, 1), self.head)
+        if not self.places:
+            return StateTargets(of_targets(self.states(part, rows)), self.head)
+        ids_BT = batch_ids(self.corpus, part, rows, device_of(self.model))
+        with torch.no_grad():
+            states_BTE, inner = all_states(self.model, ids_BT, self.places, self.corpus.positions(ids_BT))
+        states_NE, *inner_N = (of_targets(found).float() for found in (states_BTE, *inner))
+        return StateTargets(states_NE, self.head, tuple(inner_N))
 
     @torch.no_grad()
     def states(self, part: Part, rows: Sequence[int]) -> Tensor:

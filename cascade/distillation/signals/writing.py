@@ -59,10 +59,6 @@ class FinishedShards:
         content = {"sha256": file_sha256(path), "identity": identity}
         (self.location / f"{path.name}.json").write_bytes(json.dumps(content).encode())
 
-    def delete(self) -> None:
-        """Remove all, once the artifact is stored."""
-        self.location.delete_tree()
-
 
 def write_signals(
     model: PreTrainedModel,

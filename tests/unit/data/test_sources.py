@@ -176,6 +176,8 @@ def test_the_fingerprint_is_the_content_and_not_the_place(tmp_path: Path) -> Non
         (b'{"text": "a"}\n\n{"text": }\n', 3),
         (b'{"text": "a"}\n{"text": "\xff"}\n', 2),
         (b'[{"text": "a"},\n {"text": "b" "c"}]', 2),
+        (b'{"text": "a"}\n{"text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", 2),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', 2),
     ],
 )
 def test_broken_json_is_named_by_file_and_line(tmp_path: Path, content: bytes, line: int) -> None:
@@ -185,6 +187,11 @@ def test_broken_json_is_named_by_file_and_line(tmp_path: Path, content: bytes, l
     assert error.value == f"{bad}, line {line}"
     assert good.exists()
     assert "cannot be read" in error.what
+
+
+def test_brackets_inside_strings_are_no_depth(tmp_path: Path) -> None:
+    text = "[{" * 1000 + "\\" + '"[[{'
+    assert read(write_jsonl(tmp_path / "a.jsonl", [text])) == [text]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt", "a.jsonl.gz"])

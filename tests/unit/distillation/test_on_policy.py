@@ -32,6 +32,8 @@ from cascade.storage.locations import open_location
 from tests.tiny import make_model
 from tests.unit.distillation.teaching import LENGTH, make_rows, make_student, make_teacher
 
+pytestmark = pytest.mark.usefixtures("stored_at_once")
+
 END, PROMPT, VOCABULARY = 256, 6, 258
 SETTINGS = DistillSettings(
     tokens=20 * LENGTH, batch_rows=4, micro_rows=2, learning_rate=0.01, objective=Objective.JSD

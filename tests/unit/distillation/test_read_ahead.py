@@ -111,7 +111,7 @@ def test_a_fault_in_the_background_is_tried_again_when_the_shard_is_asked_for(
     def flaky(*arguments: object) -> Path:
         if arguments[2] == NAMES[1] and not failed.is_set():
             failed.set()
-            raise StorageFault("the network is down")
+            raise StorageFault("the network is down", where="here", remedy="none")
         return fetch_file(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reading, "fetch_file", flaky)

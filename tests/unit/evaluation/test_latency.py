@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cascade.architecture import Architecture
-from cascade.evaluation.latency import Bench, Latency, amounts, non_negative, probes
+from cascade.evaluation.latency import Bench, Latency, amounts, kept, non_negative, probes
 from cascade.models.decoder import decoder_of
 from tests.architectures import ARCHITECTURES, tiny
 from tests.unit.planning.shapes import SMOLLM2_135M
@@ -63,3 +63,10 @@ def test_a_measurement_is_made_once_and_kept(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(Bench, "milliseconds", never)
     assert Latency(bench, path).milliseconds(shape) == first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": "x", "b": NaN, "c": -1.0, "d": 1e999}'])
+def test_what_is_damaged_is_measured_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "known.json"
+    path.write_text(text)
+    assert kept(path) == {}

@@ -12,12 +12,14 @@ import pytest
 from cascade.errors import InputError
 from cascade.family.extension import child_config, require_extensions, teacher_config
 from cascade.family.forecast import all_signals, extended_cost
-from cascade.family.graph import Graph, Kind, StagePlan
+from cascade.family.graph import Graph, StagePlan
 from cascade.family.layout import build_graph
 from cascade.family.pilot import pilot_recipe
 from cascade.family.teachers import Parent
+from cascade.kinds import Kind
 from cascade.models.decoder import decoder_of
-from cascade.recipe import Recipe, validate_recipe
+from cascade.recipe import Recipe
+from cascade.recipe_files import validate_recipe
 from tests.architectures import tiny
 from tests.tiny import make_model
 from tests.tiny_family import tiny_tree

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from cascade.family.cost import teacher_flops
-from cascade.family.forecast import parent_cost, plan_table, signals_of, stage_cost
-from tests.unit.family.test_graph import graph
+from cascade.family.forecast import parent_cost, signals_of, stage_cost
+from cascade.tables.plan import plan_table
+from tests.unit.family.graphs import graph
 from tests.unit.planning.shapes import TINY
 
 TRAINED, HELD_OUT = 20480, 512

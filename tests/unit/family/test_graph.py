@@ -9,28 +9,17 @@ from typing import Any
 import pytest
 
 from cascade.errors import InputError
-from cascade.family.graph import Graph, Kind, Node, StagePlan
-from cascade.family.layout import build_graph, legs_of
+from cascade.family.graph import Graph, Node, StagePlan
+from cascade.family.layout import build_graph
 from cascade.family.pilot import pilot_recipe
+from cascade.family.race import legs_of
 from cascade.family.teachers import Parent
+from cascade.kinds import Kind
 from cascade.recipe import Recipe
 from cascade.storage.locations import open_location
 from tests.tiny_family import tiny_tree
+from tests.unit.family.graphs import graph
 from tests.unit.planning.shapes import TINY
-
-PLANS = (replace(TINY, layers=3), replace(TINY, layers=2))
-
-
-def graph(
-    fingerprint: str = "a" * 64, source: str = "b" * 64, parent: str = "parent", **changes: Any
-) -> Graph:
-    tree = tiny_tree(Path("parent"), Path("corpus.jsonl")) | changes
-    recipe = Recipe.model_validate(tree)
-    return build_graph(recipe, Parent(parent, fingerprint, TINY), planned, (source,))
-
-
-def planned(winners: dict[str, int]) -> tuple[StagePlan, ...]:
-    return tuple(StagePlan((shape,), ()) for shape in PLANS)
 
 
 def keys(graph: Graph) -> dict[str, str]:

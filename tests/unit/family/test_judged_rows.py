@@ -7,8 +7,8 @@ import pytest
 from cascade.data.corpus import Corpus
 from cascade.distillation.settings import DistillSettings
 from cascade.distillation.signals import Part
-from cascade.family.layout import RACE_PART
-from cascade.family.work import judged_rows
+from cascade.family.children import judged_rows
+from cascade.family.race import RACE_PART
 from tests.unit.distillation.teaching import LENGTH, make_rows
 
 

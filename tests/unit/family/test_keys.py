@@ -8,7 +8,8 @@ from cascade.family.graph import StagePlan
 from cascade.family.layout import build_graph
 from cascade.family.teachers import Parent
 from cascade.pruning.repair import Repair
-from cascade.recipe import Recipe, load_recipe
+from cascade.recipe import Recipe
+from cascade.recipe_files import load_recipe
 from tests.unit.planning.shapes import TINY
 
 # Computed at commit e25f06d, before teachers, students and controls could be chosen.

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cascade.errors import CascadeError, InputError, Interrupted, MachineFault
-from cascade.family.graph import Kind
 from cascade.family.job import Job, RunOptions
+from cascade.kinds import Kind
 from cascade.node import explained
 
 FULL = "No space left on device"
@@ -76,7 +76,7 @@ def test_a_full_disk_is_named(job: Job, tmp_path: Path) -> None:
 
 
 def test_our_own_errors_pass_and_others_stay_tracebacks(job: Job) -> None:
-    error = InputError("what")
+    error = InputError("what", where="here", remedy="none")
     assert explained(error, job) is error
     assert explained(KeyError("x"), job) is None
 
@@ -149,7 +149,9 @@ def test_a_request_to_stop_ends_the_job_and_then_the_server() -> None:
 
 
 def test_an_orchestrator_that_died_stops_the_job_too() -> None:
-    work = "signal.signal(15, lambda *_: sys.exit(75)); os.kill(os.getppid(), signal.SIGHUP); signal.pause()"
+    # Blocked: one that came just before the wait for it would be lost.
+    work = "signal.pthread_sigmask(signal.SIG_BLOCK, [15]); os.kill(os.getppid(), signal.SIGHUP)"
+    work += "; signal.sigwait([15]); sys.exit(75)"
     done = served(work, "x\n")
     assert codes(done) == [75]
     assert done.returncode == 75

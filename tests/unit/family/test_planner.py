@@ -10,7 +10,7 @@ import pytest
 from cascade.architecture import Architecture
 from cascade.errors import InputError
 from cascade.evaluation.latency import Bench
-from cascade.family.build import require_any_winner
+from cascade.family.plan import require_any_winner
 from cascade.family.planner import FamilyPlanner, allowed_axes
 from cascade.models.decoder import decoder_of
 from cascade.planning.axes import DEFAULT_AXES, Axis

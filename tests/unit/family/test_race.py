@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from cascade.errors import CascadeError, InputError, StorageFault
-from cascade.family.graph import Kind, Node
+from cascade.family.graph import Node
 from cascade.family.race import race
+from cascade.kinds import Kind
 
 Curves = list[list[float]]
 BAD = float("nan")
-FAILED = CascadeError("the loss of step 3 is not finite")
+FAILED = CascadeError("the loss of step 3 is not finite", where="here", remedy="none")
 
 
 def stage_of(curves: Curves) -> Any:
@@ -84,7 +85,10 @@ def test_a_candidate_whose_training_fails_comes_last() -> None:
     assert ("raced", 0, 1) not in made
 
 
-@pytest.mark.parametrize("failure", [FAILED, StorageFault("x"), InputError("x")])
+@pytest.mark.parametrize(
+    "failure",
+    [FAILED, StorageFault("x", where="here", remedy="none"), InputError("x", where="here", remedy="none")],
+)
 def test_what_is_no_fault_of_one_candidate_ends_the_race(failure: CascadeError) -> None:
     curves = [[BAD], [BAD]] if failure is FAILED else [[1.0], [BAD]]
     with pytest.raises(type(failure)):

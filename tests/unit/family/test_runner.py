@@ -11,29 +11,15 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cascade.errors import CascadeError, InputError, Interrupted, MachineFault, StorageFault
 from cascade.family import runner
-from cascade.family.graph import Kind
 from cascade.family.job import STOP_SECONDS, Job, RunOptions
-
-
-class Recorder:
-    """A report that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.figures: list[dict[str, Any]] = []
-
-    def log(self, message: str) -> None:
-        self.lines.append(message)
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        self.figures.append({"done": done, "total": total, "unit": unit, **figures})
-
+from cascade.kinds import Kind
+from tests.reports import Recorder
+from tests.waiting import alive, wait_until
 
 RunScript = Callable[..., Recorder]
 
@@ -124,21 +110,6 @@ def test_a_line_without_its_end_hides_no_event(run_script: RunScript) -> None:
 def test_a_node_that_publishes_nothing_has_failed(run_script: RunScript) -> None:
     with pytest.raises(CascadeError, match="published nothing"):
         run_script("pass")
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_leaving_the_block_ends_the_node_and_its_children() -> None:

@@ -11,13 +11,15 @@ import pytest
 from cascade.architecture import Architecture
 from cascade.distillation.settings import derived_learning_rate
 from cascade.errors import InputError
-from cascade.family.build import require_padding
-from cascade.family.forecast import plan_table, stage_cost
-from cascade.family.graph import Graph, Kind, Node, StagePlan
+from cascade.family.forecast import stage_cost
+from cascade.family.found import require_padding
+from cascade.family.graph import Graph, Node, StagePlan
 from cascade.family.layout import build_graph
 from cascade.family.teachers import Parent
+from cascade.kinds import Kind
 from cascade.recipe import Recipe
 from cascade.roles import Control
+from cascade.tables.plan import plan_table
 from tests.tiny_family import tiny_tree
 from tests.unit.planning.shapes import TINY
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cascade.errors import InputError, IntegrityError
+from cascade.models import random_parent
 from cascade.models.folders import load_folder
 from cascade.models.sources import ParentSource, load_config, load_model, load_tokenizer, resolve_parent
 from cascade.storage.artifacts import publish
@@ -251,6 +252,9 @@ def test_a_folder_in_a_bucket_is_a_parent_and_follows_its_changes(
         assert resolve_parent(s3, cache=tmp_path) == source
     (source.described_by / "config.json").write_text("damaged")
     assert resolve_parent(s3, cache=tmp_path) == source
+    for damaged in ("{", "[]", '{"config.json": 3}'):
+        (source.described_by / ".copies.json").write_text(damaged)
+        assert resolve_parent(s3, cache=tmp_path) == source
     other = make_parent(tmp_path / "other", seed=1)
     (open_location(s3) / "model.safetensors").upload(other / "model.safetensors")
     (open_location(s3) / "notes.txt").delete_tree()
@@ -269,3 +273,37 @@ def test_an_artifact_in_a_bucket_is_a_parent(tiny_parent: Path, tmp_path: Path, 
 def test_an_empty_prefix_does_not_exist(tmp_path: Path, s3: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
         resolve_parent(f"{s3}/nothing", cache=tmp_path)
+
+
+def test_the_random_parent_is_made_in_the_cache_and_is_the_same_in_every_one(tmp_path: Path) -> None:
+    found = [resolve_parent("random:llama", cache=tmp_path / name) for name in ("one", "two", "one")]
+    assert len({source.fingerprint for source in found}) == 1
+    assert [Path(source.path).parent.parent.name for source in found] == ["one", "two", "one"]
+    model, tokenizer = load_model(found[0]), load_tokenizer(found[0])
+    assert model.config.model_type == "llama"
+    # Byte-level: whatever a corpus holds comes back.
+    assert tokenizer.decode(tokenizer("tea, the\n\u00e9").input_ids) == "tea, the\n\u00e9"
+    assert [path.name for path in (tmp_path / "one" / "parents").iterdir()] == ["random-llama"]
+
+
+def test_two_processes_that_make_the_random_parent_at_once_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = random_parent.make_parent
+
+    def slower(folder: Path) -> Path:
+        # Meanwhile somebody else is done.
+        monkeypatch.setattr(random_parent, "make_parent", make)
+        random_parent.random_folder("random:llama", tmp_path)
+        return make(folder)
+
+    monkeypatch.setattr(random_parent, "make_parent", slower)
+    assert random_parent.random_folder("random:llama", tmp_path) == tmp_path / "parents" / "random-llama"
+    assert [path.name for path in (tmp_path / "parents").iterdir()] == ["random-llama"]
+
+
+@pytest.mark.parametrize("reference", ["random:", "random:gpt", "random:llama@main"])
+def test_another_random_parent_is_refused(reference: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such random parent") as caught:
+        resolve_parent(reference, cache=tmp_path)
+    assert (caught.value.value, caught.value.remedy) == (reference, "give random:llama")

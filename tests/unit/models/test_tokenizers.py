@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 
 from cascade.errors import InputError
-from cascade.models.tokenizers import require_same_tokenizer
+from cascade.models.tokenizers import require_embedded, require_same_tokenizer
 from tests.tiny import END_OF_TEXT, PAD, make_tokenizer
 
 
@@ -49,3 +49,18 @@ def test_an_additional_token_is_refused_on_either_side(longer: str) -> None:
         require_same_tokenizer(pair["student"], pair["teacher"])
     sides = {"student": "258 and absent", "teacher": "absent and 258"}
     assert f"1 of 259 tokens differ: '<|call|>' is {sides[longer]}" in str(caught.value)
+
+
+def test_every_token_has_an_embedding() -> None:
+    tokenizer = make_tokenizer()
+    require_embedded(tokenizer, 258, where="parent")
+    require_embedded(tokenizer, 300, where="parent")
+    with pytest.raises(InputError, match="beyond the model's embeddings") as caught:
+        require_embedded(tokenizer, 257, where="parent")
+    assert "258 tokens, 257 embeddings; beyond: '<|pad|>' (257)" in str(caught.value)
+
+
+def test_a_tokenizer_without_text_is_refused() -> None:
+    nothing: dict[str, int | None] = dict.fromkeys(make_tokenizer().get_vocab())
+    with pytest.raises(InputError, match="has no text"):
+        require_embedded(with_vocabulary(nothing), 258, where="parent")

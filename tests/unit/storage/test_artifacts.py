@@ -58,7 +58,8 @@ def test_the_local_copy(store: Location, work: Path, draft: Draft, tmp_path: Pat
     artifacts._verified.clear()
     (folder / "config.json").write_text("??")
     assert (fetch(store / "x", tmp_path / "cache") / "config.json").read_text() == "{}"
-    assert os.listdir(tmp_path / "cache") == [draft.key[:12]]
+    assert sorted(os.listdir(tmp_path / "cache")) == [draft.key[:12], "work"]
+    assert os.listdir(tmp_path / "cache" / "work") == []
 
 
 def test_files_are_hashed_once_per_process(
@@ -186,8 +187,9 @@ def test_remains_of_a_dead_builder_are_replaced(
     store: Location, work: Path, draft: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other content under our names, and names that we do not have, from a builder that is gone."""
-    monkeypatch.setattr(publishing, "QUIET_SECONDS", 1.0)
-    monkeypatch.setattr(publishing, "POLL_SECONDS", 0.2)
+    ages = iter([0.0, 0.0, 299.0, 299.0, 301.0, 301.0])
+    monkeypatch.setattr(Location, "age", lambda location: next(ages))
+    monkeypatch.setattr(publishing, "POLL_SECONDS", 0.0)
     (store / "x/config.json").write_bytes(b"old")
     (store / "x/model-00001-of-00002.safetensors").write_bytes(b"old")
     lines: list[str] = []

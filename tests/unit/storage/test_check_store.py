@@ -13,7 +13,7 @@ import pytest
 import s3fs
 
 from cascade.errors import InputError
-from cascade.storage import s3 as s3_module
+from cascade.storage import connection
 from cascade.storage.locations import Location, check_store, open_location
 from tests.s3_server import S3Server
 
@@ -61,13 +61,13 @@ def deaf_server() -> Iterator[int]:
 
 
 def test_an_endpoint_that_never_answers(s3: str, monkeypatch: pytest.MonkeyPatch, deaf_server: int) -> None:
-    monkeypatch.setitem(s3_module.CHECK_LIMITS, "read_timeout", 1)
+    monkeypatch.setitem(connection.CHECK_LIMITS, "read_timeout", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{deaf_server}")
     assert "cannot be reached" in refusal(open_location(s3)).what
 
 
 def test_an_endpoint_that_is_not_s3(s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_server._ports['master']}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_server.ports['master']}")
     assert "does not answer like S3" in refusal(open_location(s3)).what
 
 
@@ -117,11 +117,11 @@ def test_a_key_that_may_only_read(s3: str, s3_server: S3Server, monkeypatch: pyt
 def test_a_store_without_conditional_writes(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., object] = s3fs.S3FileSystem.pipe_file
 
-    def unconditional(self: s3fs.S3FileSystem, path: str, data: bytes, mode: str) -> object:
+    def unconditional(self: s3fs.S3FileSystem, path: str, data: bytes, mode: str, **mark: object) -> object:
         return original(self, path, data)
 
     # A connection made now keeps the patched method for good: none of them may be kept for other tests.
-    monkeypatch.setattr(s3_module, "_connect_once", s3_module._connect_once.__wrapped__)
+    monkeypatch.setattr(connection, "_connect_once", connection._connect_once.__wrapped__)
     monkeypatch.setattr(s3fs.S3FileSystem, "pipe_file", unconditional)
     assert "overwrites" in refusal(open_location(s3)).what
     assert not open_location(s3).exists()

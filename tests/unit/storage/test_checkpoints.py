@@ -91,16 +91,16 @@ def test_a_run_that_fell_back_drops_the_later_states(checkpoints: TrainingCheckp
     assert position(checkpoints, cache) == 1100
 
 
+def test_half_of_a_state_pushes_out_no_whole_one(checkpoints: TrainingCheckpoints, cache: Path) -> None:
+    (checkpoints.location / "step-00000010/record.json").delete_tree()
+    checkpoints.save(11, state(11), {"position": 1100})
+    assert checkpoints.location.children() == ["step-00000009", "step-00000011"]
+    assert position(checkpoints, cache) == 1100
+
+
 def test_without_checkpoints(store: Location, cache: Path) -> None:
     empty = TrainingCheckpoints(store / "none")
     assert empty.latest(cache) is None
-    empty.delete()
-
-
-def test_delete_removes_all(checkpoints: TrainingCheckpoints, cache: Path) -> None:
-    checkpoints.delete()
-    assert position(checkpoints, cache) == -1
-    assert not checkpoints.location.exists()
 
 
 def test_a_step_is_saved_again(checkpoints: TrainingCheckpoints, cache: Path) -> None:

@@ -50,6 +50,13 @@ def test_damage_is_named_with_its_place(data: bytes) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("seconds", ["inf", "9" * 400])
+def test_a_figure_that_becomes_infinite_is_damage(draft: Draft, seconds: str) -> None:
+    content = json.loads(encode_manifest(finished(draft)))
+    with pytest.raises(IntegrityError, match="seconds: a finite number is needed"):
+        parse_manifest(json.dumps(content | {"seconds": seconds}).encode(), "here")
+
+
 def test_a_newer_schema_names_both_versions(draft: Draft) -> None:
     content = json.loads(encode_manifest(finished(draft)))
     content |= {"schema_version": 7, "something": "new"}

@@ -1,0 +1,1 @@
+"""What a person reads of a plan, a family, an artifact or a pilot: tables in a terminal."""
