@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from cascade import __version__
+from cascade.collector import collect_seldom
 from cascade.console import ConsoleReport
 from cascade.errors import BelowGate, CascadeError, InputError
 from cascade.fields import parse_count
@@ -368,6 +369,7 @@ def up(
 
 def main() -> None:
     """The command `cascade`: every error of ours becomes its four parts and its exit code."""
+    collect_seldom()
     # Dying at once would leave Prefect's embedded server behind, and the trainer without its time to save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:

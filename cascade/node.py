@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade.collector import imports_that_stay
 from cascade.errors import CascadeError, Interrupted, MachineFault
 
 # What loads torch is imported once the node is tied to its parent.
@@ -145,7 +146,8 @@ def serve(parent: int) -> int:
     """
     die_with_parent(parent, signal.SIGHUP)
     asked = Asked()
-    import cascade.family.work  # noqa: F401
+    with imports_that_stay():
+        import cascade.family.work  # noqa: F401
 
     while not asked.to_stop and (path := sys.stdin.readline().strip()):
         # Until the job's end is told, signals are waited for: one that is handled just before a wait for the

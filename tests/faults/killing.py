@@ -24,7 +24,8 @@ from tests.reports import Recorder
 # Signals of a few rows a shard, so that some are finished when the node is killed. Every job, step and
 # snapshot is noted. SIGKILL reaches the process group: the node, and the process that forked it.
 NODE = """
-    import json, os, signal, sys, threading
+    import gc, json, os, signal, sys, threading
+    gc.disable()  # Until the node serves, as where it imports the same itself.
     from cascade import node
     from cascade.distillation.rows import CorpusRows
     from cascade.distillation.signals import FinishedShards, writing
