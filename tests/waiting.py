@@ -19,10 +19,14 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = LONG) -> bool:
-    """Whether a condition came within so many seconds."""
-    deadline = time.monotonic() + seconds
+    """Whether a condition came within so many seconds.
+
+    It is asked seldom when it takes long: often would take the processor from what is waited for.
+    """
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
-        time.sleep(0.01)
+        time.sleep(min(max(waited / 20, 0.01), 0.5))
     return True
