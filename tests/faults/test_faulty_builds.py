@@ -81,18 +81,22 @@ def test_a_build_through_a_storm_and_an_outage_ends_at_the_same_bits(
 ) -> None:
     """Every fourth request meets a fault; while the corpus is stored, with a dozen requests still to come,
     nobody listens, for ten minutes scaled to 5 s."""
-    report, proxy.plan = Recorder(), Storm(seed, share=0.25)
+    report, storm, stored = Recorder(), Storm(seed, share=0.25), threading.Event()
 
-    def storing(request: Request) -> bool:
-        return request.method == "PUT" and "/shared/corpus/" in request.target
+    def watched(request: Request) -> Fault:
+        if request.method == "PUT" and "/shared/corpus/" in request.target:
+            stored.set()
+        return storm(request)
 
     def goes_out() -> None:
-        if wait_until(lambda: any(storing(request) for request, _ in list(proxy.seen))):
-            proxy.outage(5.0).join()
+        stored.wait()
+        proxy.outage(5.0).join()
 
-    outage = threading.Thread(target=goes_out)
+    proxy.plan = watched
+    outage = threading.Thread(target=goes_out, daemon=True)
     outage.start()
     build_directly(recipe, place.uri, tmp_path / "cache", report, checkpoint_seconds=0.0)
+    assert stored.is_set()
     outage.join()
     proxy.plan = lambda request: Fault.NONE
     assert digests(place / "tiny") == clean
