@@ -11,19 +11,25 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# New objects between two looks; Python's own 700 is for programs that make few.
+# New objects between two looks; Python's default (700 in 3.11) suits small programs.
 SELDOM = 20_000
 
 
 def collect_seldom() -> None:
-    """For the rest of this process, and not at all at its end: it must not hold tensors in cycles."""
+    """Look for cyclic garbage seldom from now on, and not when the process ends.
+
+    Not for a process that has tensors in cycles: they would take their memory for longer.
+    """
     gc.set_threshold(SELDOM, 10, 10)
     atexit.register(gc.freeze)
 
 
 @contextmanager
 def imports_that_stay() -> Iterator[None]:
-    """What is made in this block is never looked at again: neither here nor in a process forked from it."""
+    """What exists when this block ends is never looked at again, here and in processes forked from it.
+
+    The collector is on afterwards.
+    """
     gc.disable()
     try:
         yield

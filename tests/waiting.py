@@ -18,10 +18,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = LONG) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = LONG, rest: float = 1.0) -> bool:
     """Whether a condition came within so many seconds.
 
-    Nine tenths of them pass without asking: a question may take the processor from what is waited for.
+    After a question it rests nine times as long as that took, at least 0.01 s and at most `rest` seconds: a
+    question may take the processor from what is waited for. What lasts no longer than `rest` may be missed.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -31,4 +32,4 @@ def wait_until(condition: Callable[[], bool], seconds: float = LONG) -> bool:
         now = time.monotonic()
         if now > deadline:
             return False
-        time.sleep(min(max(9 * (now - asked), 0.01), 1.0))
+        time.sleep(min(max(9 * (now - asked), 0.01), rest))

@@ -70,5 +70,6 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     print(READY, file=sys.stderr, flush=True)
     print(json.dumps(figures(sys.argv[1])), flush=True)
-    # Python's own end takes a second with torch in it.
+    sys.stderr.flush()
+    # What libraries say while Python ends is not judged, and it takes a second.
     os._exit(0)

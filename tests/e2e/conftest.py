@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Command]:
     """Run `cascade` with its own scratch folder; returns its exit code and what it said."""
-    at_sigterm = signal.getsignal(signal.SIGTERM)
+    at_sigterm, threshold = signal.getsignal(signal.SIGTERM), gc.get_threshold()
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -31,3 +32,4 @@ def command(
 
     yield run
     signal.signal(signal.SIGTERM, at_sigterm)
+    gc.set_threshold(*threshold)

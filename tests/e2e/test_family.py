@@ -183,7 +183,7 @@ def test_a_build_that_is_stopped_twice_goes_on_and_ends_at_the_same_bits(
             # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        assert wait_until(partial(is_further_or_ended, store, before, process))
+        assert wait_until(partial(is_further_or_ended, store, before, process), rest=0.02)
         process.send_signal(number)
         output, _ = process.communicate(timeout=LONG)
         assert process.returncode == code, output

@@ -169,7 +169,7 @@ def test_a_build_that_is_stopped_ends_at_the_same_bits(
     stage = index_of(folder / "store")["stages"][place]
     process = build_in_a_process(*arguments)
     kept = f"tiny/{stage['name']}/training/{Path(stage['checkpoint']).name}/step-*"
-    assert wait_until(lambda: any(store.glob(kept)) or process.poll() is not None)
+    assert wait_until(lambda: any(store.glob(kept)) or process.poll() is not None, rest=0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 143, output

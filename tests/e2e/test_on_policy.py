@@ -122,7 +122,7 @@ def test_a_build_that_is_stopped_while_the_child_writes_ends_at_the_same_bits(
     process = build_in_a_process(*arguments)
     key = Path(index_of(built / "store")["stages"][0]["checkpoint"]).name
     kept = f"tiny/large/training/{key}/step-*"
-    assert wait_until(lambda: any(store.glob(kept)) or process.poll() is not None)
+    assert wait_until(lambda: any(store.glob(kept)) or process.poll() is not None, rest=0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 143, output

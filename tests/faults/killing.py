@@ -25,7 +25,7 @@ from tests.reports import Recorder
 # snapshot is noted. SIGKILL reaches the process group: the node, and the process that forked it.
 NODE = """
     import gc, json, os, signal, sys, threading
-    gc.disable()  # Until the node serves, as where it imports the same itself.
+    gc.disable()  # These imports are the server's own, made early; `serve` turns the collector on again.
     from cascade import node
     from cascade.distillation.rows import CorpusRows
     from cascade.distillation.signals import FinishedShards, writing

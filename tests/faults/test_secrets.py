@@ -194,7 +194,7 @@ def test_nothing_that_a_build_writes_holds_a_credential(
     environment = {**planted, "PREFECT_API_URL": prefect_server}
 
     process = build(recipe, s3, folder, environment)
-    assert wait_until(lambda: process.poll() is not None or trains(s3))
+    assert wait_until(lambda: process.poll() is not None or trains(s3), rest=0.02)
     assert process.poll() is None, (folder / "said").read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cascade.collector import imports_that_stay
+from cascade.collector import SELDOM, imports_that_stay
 
 
 @pytest.fixture(autouse=True)
@@ -36,27 +36,44 @@ def test_what_is_made_inside_is_left_alone_and_what_is_made_later_is_not() -> No
     assert later() is None
 
 
-def test_an_import_that_fails_leaves_the_collector_as_it_was() -> None:
+def test_an_import_that_fails_leaves_the_collector_on() -> None:
     with pytest.raises(ImportError), imports_that_stay():
         raise ImportError
     assert gc.isenabled()
 
 
-def test_a_process_that_collects_seldom_collects_and_does_not_at_its_end() -> None:
-    script = """
-import atexit, gc
+SEEN = """
+import gc
 from cascade.collector import collect_seldom
+
 class Cycle:
-    def __init__(self): self.own = self
-    def __del__(self): print("gone")
-atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))
+    def __init__(self, name):
+        self.own, self.name = self, name
+
+    def __del__(self):
+        print(self.name)
+
 collect_seldom()
-Cycle()
-many = [Cycle.__new__(Cycle) for _ in range(100_000)]
-print("end", gc.isenabled(), flush=True)
-many.clear()
+Cycle("first")
+few = [[] for _ in range(10_000)]
+print("few")
+many = [[] for _ in range(100_000)]
+print("many", gc.isenabled())
+Cycle("last")
 """
+
+
+def printed(script: str) -> list[str]:
+    """What a fresh interpreter prints that runs the script."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    assert said[:2] == ["gone", "end True"]
-    assert said[-1] == "frozen True"
+    return done.stdout.split("\n")[:-1]
+
+
+def test_garbage_is_looked_for_seldom_and_not_when_the_process_ends() -> None:
+    assert printed(SEEN) == ["few", "first", "many True"]
+
+
+@pytest.mark.parametrize("begin", ["import flows", "from cascade.cli import main; main()"])
+def test_flows_and_commands_collect_seldom(begin: str) -> None:
+    ask = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_threshold()[0]))"
+    assert printed(f"{ask}; sys.argv[1:] = ['--version']; {begin}")[-1] == str(SELDOM)

@@ -175,7 +175,7 @@ def test_other_families_compile(family: str) -> None:
 
 
 def test_every_size_of_a_batch_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine, and torch allows a function eight by itself; counted before a compiler makes code of them."""
+    """Nine, and torch allows a function eight by itself. The eager backend counts them and makes no code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     student = make_student().train()
     with compiled_layers(student):
