@@ -38,7 +38,7 @@ NODE = """
 
     writing._rows_per_shard = lambda codec, length: 24
     moment = json.loads(os.environ["MOMENT"])
-    job, counts, lock = "", {}, threading.RLock()
+    job, counts, lock, timers = "", {}, threading.RLock(), []
 
     def note(*words):
         with lock, open(os.environ["NOTES"], "a") as notes:
@@ -53,9 +53,12 @@ NODE = """
         counts[point] = counts.get(point, 0) + 1
         if moment and (job, point, counts[point]) == (moment["job"], moment["point"], moment["count"]):
             if moment["seconds"]:
-                threading.Timer(moment["seconds"], kill).start()
+                timers.append(threading.Timer(moment["seconds"], kill))
+                timers[0].start()
             else:
                 kill()
+        if point == "finish" and timers:
+            kill()
 
     def around(kind, name, before=lambda *a, **o: None, after=lambda *a: None):
         inner = getattr(kind, name)
@@ -106,6 +109,8 @@ NODE = """
 @dataclass(frozen=True)
 class Moment:
     """When a node is killed: so many seconds after its job has come to a point of its work for the n-th time.
+
+    One that comes to `finish` sooner is killed there.
 
     begin: before anything else. progress: of any long work. shard: after one was kept. step: of a training.
     snapshot, tensors, record: before it is stored, and before its two files appear. upload: of a file of an

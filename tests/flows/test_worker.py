@@ -64,12 +64,13 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """End the worker and what it started."""
+        """End the worker and what it started; Prefect's does not always end when it is asked to."""
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(60)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def start(self, recipe: Json, store: str, **options: Any) -> FlowRun:
         """Trigger a run, as the form does."""
