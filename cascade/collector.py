@@ -1,7 +1,8 @@
 """Python's collector of cyclic garbage, in processes that begin with thousands of imports.
 
 torch, transformers and prefect make a million objects that stay for good. The collector would go through them
-again and again while they are made, and once more when the process ends: that takes as long as the imports.
+again and again while they are made, and once more when the process ends: that takes almost as long as the
+imports.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 if __name__ == "__main__":
-    # Imports make what stays: to look for garbage in it takes as long as they do (see `cascade.collector`).
+    # Imports make what stays: a search for garbage in it takes almost as long (see `cascade.collector`).
     gc.disable()
 
 import torch
