@@ -101,7 +101,7 @@ def training_section(
     dials, length = stage.distill, recipe.corpus.sequence_length
     settings = DistillSettings(
         tokens=dials.tokens,
-        batch_rows=max(1, dials.batch_tokens // length) if dials.batch_tokens else None,
+        batch_rows=step_rows(dials.batch_tokens, length),
         learning_rate=dials.learning_rate,
         cross_entropy_weight=dials.cross_entropy_weight,
         objective=dials.objective,
@@ -115,12 +115,17 @@ def training_section(
     return settings.resolved(child.hidden, length).settings.record()
 
 
+def step_rows(batch_tokens: int | None, length: int) -> int | None:
+    """Rows of so many tokens in one optimiser step, at least one; None where the settings derive them."""
+    return max(1, batch_tokens // length) if batch_tokens else None
+
+
 def on_policy_section(recipe: Recipe, stage: Stage, child: Architecture) -> Section:
     """Every number of the training on what the child writes."""
     dials, length = stage.on_policy, recipe.corpus.sequence_length
     settings = DistillSettings(
         tokens=dials.tokens,
-        batch_rows=max(1, dials.batch_tokens // length) if dials.batch_tokens else None,
+        batch_rows=step_rows(dials.batch_tokens, length),
         learning_rate=dials.learning_rate,
         objective=dials.objective,
         objective_weight=dials.objective_weight,

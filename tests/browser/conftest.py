@@ -48,7 +48,7 @@ def local_only(route: Route) -> None:
 def screen() -> Iterator[Screen]:
     """An empty page of a new browser; where its pictures lie is printed."""
     if CHROMIUM is None:
-        pytest.skip("no chromium: as root `make chromium` installs Debian's package")
+        pytest.skip("no chromium: as root `make programs` installs Debian's package")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})

@@ -237,15 +237,22 @@ def test_a_builder_that_was_cut_off_with_its_store_is_not_taken_for_dead(
     """The other one cannot know how long it was silent: the store could not hear it."""
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.5)
     monkeypatch.setattr(lease, "DEAD_SECONDS", 6.0)
+    # Shorter than a beat, as in earnest: only the outage keeps the other one from looking.
+    monkeypatch.setattr(lease, "MOST_POLL_SECONDS", 0.2)
     # As on two machines, who cannot look after each other's processes.
     monkeypatch.setattr(lease, "is_dead", lambda process: False)
     with lease.Lease(place) as first:
         waiting = threading.Thread(target=lambda: lease.Lease(place).__enter__()._stop_beating())
         waiting.start()
         time.sleep(1.0)
+        # The other one hears of the store again before it can hear of the holder.
+        proxy.plan = lambda request: Fault.UNAVAILABLE if request.method == "PUT" else Fault.NONE
         proxy.outage(9.0).join()
         time.sleep(1.5)
+        proxy.plan = lambda request: Fault.NONE
+        time.sleep(1.5)
         first.confirm()
+        assert waiting.is_alive()
     waiting.join()
 
 

@@ -128,6 +128,11 @@ def test_every_job_has_a_process_of_its_own_and_the_server_goes_on_after_any_of_
     assert done.returncode == 0
 
 
+def test_a_job_does_not_look_for_garbage_in_what_the_server_has_imported() -> None:
+    looks = "import gc; return 0 if gc.isenabled() and gc.get_freeze_count() > 1000 else 1"
+    assert codes(served(looks, "x\n")) == [0]
+
+
 def test_an_unfinished_line_does_not_hide_how_the_job_ended() -> None:
     done = served("os.write(1, b'Loading 30%'); os.kill(os.getpid(), 9)", "x\n")
     said, ended = done.stdout.splitlines()
